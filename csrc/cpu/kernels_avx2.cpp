@@ -1,0 +1,2 @@
+#define RF_ISA avx2
+#include "kernels.inc"

@@ -1,0 +1,2 @@
+#define RF_ISA avx512
+#include "kernels.inc"

@@ -1,0 +1,2 @@
+#define RF_ISA baseline
+#include "kernels.inc"

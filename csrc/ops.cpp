@@ -1,0 +1,43 @@
+// Schemas of the operators that come in several backends. Processor kernels: cpu/. Fake kernels: resnet_fused/native.py.
+//
+// Activations are 4-D, dense in channels_last or contiguous, float64, float32, bfloat16 or float16; those of one call
+// share dtype, shape and layout. Per-channel vectors are float64 for float64 activations, else float32.
+// mask: uint8 [ceil(numel / 8)]; bit i % 8 of byte i / 8 says for element i, in memory order, that !(out <= 0).
+// The ReLU is where(z <= 0, 0, z). z = x * scale + shift (+ residual), rounded once, at the store.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(resnet_fused, m) {
+  // Mean and biased variance over N, H, W.
+  m.def("bn_stats(Tensor x) -> (Tensor mean, Tensor var)");
+  // act(z) and its mask (empty unless asked for).
+  m.def(
+      "bn_act(Tensor x, Tensor scale, Tensor shift, Tensor? residual, bool relu, bool save_mask)"
+      " -> (Tensor out, Tensor mask)");
+  m.def("bn_act_(Tensor(a!) x, Tensor scale, Tensor shift, Tensor? residual, bool relu) -> ()");
+  // dz = grad where mask; without a mask and with relu the mask is formed again from x; without relu dz = grad.
+  // Returns Σ dz, Σ dz (x - mean), and act(z) when asked for (else empty).
+  m.def(
+      "bn_act_backward_reduce(Tensor grad, Tensor x, Tensor? mask, Tensor mean, Tensor scale, Tensor shift, bool relu,"
+      " bool want_activation) -> (Tensor sum_dz, Tensor sum_dz_centred, Tensor activation)");
+  // a dz + b (x - mean) + c
+  m.def(
+      "bn_act_backward(Tensor grad, Tensor x, Tensor? mask, Tensor mean, Tensor scale, Tensor shift, bool relu,"
+      " Tensor a, Tensor b, Tensor c) -> Tensor");
+  m.def(
+      "bn_act_backward_(Tensor(a!) grad, Tensor x, Tensor? mask, Tensor mean, Tensor scale, Tensor shift, bool relu,"
+      " Tensor a, Tensor b, Tensor c) -> ()");
+  // relu(a + b) and its mask
+  m.def("add_relu(Tensor a, Tensor b, bool save_mask) -> (Tensor out, Tensor mask)");
+  // (grad where mask, else 0) + addend
+  m.def("mask_grad(Tensor grad, Tensor mask, Tensor? addend) -> Tensor");
+  m.def("mask_grad_add_(Tensor(a!) acc, Tensor grad, Tensor mask) -> ()");
+  // 3x3, stride 2, padding 1 max pooling of relu(z). index: uint8, the winner's place 3 r + s in its window (the first
+  // maximum, the last NaN, compared as rounded), 255 where !(winner > 0) and not NaN.
+  m.def("bn_relu_maxpool(Tensor x, Tensor scale, Tensor shift) -> (Tensor out, Tensor index)");
+  m.def(
+      "bn_relu_maxpool_backward_reduce(Tensor grad, Tensor index, Tensor x, Tensor mean)"
+      " -> (Tensor sum_dz, Tensor sum_dz_centred)");
+  m.def(
+      "bn_relu_maxpool_backward(Tensor grad, Tensor index, Tensor x, Tensor mean, Tensor a, Tensor b, Tensor c)"
+      " -> Tensor");
+}

@@ -1,0 +1,50 @@
+"""Fused ResNets for PyTorch: torchvision's models and checkpoints, with each block run as one fused unit."""
+
+from .backends import available_backends, backend, set_backend, unavailable_backends
+from .blocks import BasicBlock, Bottleneck
+from .convert import fuse, load, unfuse
+from .inference import optimize_for_inference
+from .layers import AddReLU, BNAddReLU2d, BNReLU2d, ConvBNReLU
+from .models import (
+    ResNet,
+    resnet18,
+    resnet34,
+    resnet50,
+    resnet101,
+    resnet152,
+    resnext50_32x4d,
+    resnext101_32x8d,
+    resnext101_64x4d,
+    wide_resnet50_2,
+    wide_resnet101_2,
+)
+from .version import __version__
+
+__all__ = [
+    "AddReLU",
+    "BNAddReLU2d",
+    "BNReLU2d",
+    "BasicBlock",
+    "Bottleneck",
+    "ConvBNReLU",
+    "ResNet",
+    "__version__",
+    "available_backends",
+    "backend",
+    "fuse",
+    "load",
+    "optimize_for_inference",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "resnext50_32x4d",
+    "resnext101_32x8d",
+    "resnext101_64x4d",
+    "set_backend",
+    "unavailable_backends",
+    "unfuse",
+    "wide_resnet50_2",
+    "wide_resnet101_2",
+]

@@ -1,0 +1,94 @@
+"""Which backend runs: the registry of backends, and the user's choice among them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from .. import native
+from .aten import AtenKernels
+from .cpu import CpuKernels
+from .kernels import Conv, Kernels, acc_dtype
+
+__all__ = [
+    "Conv",
+    "Kernels",
+    "acc_dtype",
+    "available_backends",
+    "backend",
+    "choose",
+    "get",
+    "set_backend",
+    "unavailable_backends",
+]
+
+ENVIRONMENT_VARIABLE = "RESNET_FUSED_BACKEND"
+
+_NOT_BUILT = "this version has no GPU kernels; on a GPU the 'aten' backend runs"
+_KERNELS: dict[str, Kernels] = {"aten": AtenKernels()}
+_REASONS: dict[str, str] = {"triton": _NOT_BUILT, "cuda": _NOT_BUILT}
+if native.is_loaded():
+    _KERNELS["cpu"] = CpuKernels()
+else:
+    _REASONS["cpu"] = native.status()
+
+
+def available_backends() -> list[str]:
+    """Names of the backends that can run here, in the order in which ``auto`` prefers them on their device."""
+    return sorted(_KERNELS, key=lambda name: name == "aten")
+
+
+def unavailable_backends() -> dict[str, str]:
+    """The other backends, each with the reason why it cannot run here."""
+    return dict(_REASONS)
+
+
+def _validated(name: str, source: str) -> str:
+    if name == "auto" or name in _KERNELS:
+        return name
+    if name in _REASONS:
+        raise RuntimeError(f"{source}: backend {name!r} is not available: {_REASONS[name]}")
+    known = ", ".join(["auto", *_KERNELS, *_REASONS])
+    raise ValueError(f"{source}: expected one of {known}, got {name!r}")
+
+
+_current = _validated(os.environ.get(ENVIRONMENT_VARIABLE, "auto") or "auto", ENVIRONMENT_VARIABLE)
+
+
+def set_backend(name: str) -> None:
+    """Use backend ``name`` ("auto", "aten", "cpu", "triton" or "cuda") from now on, in every thread.
+
+    Raises:
+        ValueError: no backend has that name.
+        RuntimeError: the backend exists but cannot run here; says why.
+    """
+    global _current
+    _current = _validated(name, "set_backend")
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """``set_backend(name)`` for the duration of a ``with`` block; a backward runs on the backend of its forward."""
+    previous = _current
+    set_backend(name)
+    try:
+        yield
+    finally:
+        set_backend(previous)
+
+
+def get(name: str) -> Kernels:
+    """The kernels of an available backend."""
+    return _KERNELS[name]
+
+
+def choose(device: torch.device) -> str:
+    """The backend for tensors on ``device``: the user's choice, or under ``auto`` the fastest that can run there."""
+    if _current == "auto":
+        return "cpu" if device.type == "cpu" and "cpu" in _KERNELS else "aten"
+    if _current == "cpu" and device.type != "cpu":
+        return "aten"
+    return _current

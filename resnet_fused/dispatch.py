@@ -1,0 +1,79 @@
+"""When the fused operators may run on the modules and tensors at hand; otherwise the plain PyTorch path does.
+
+Nothing is remembered: the modules are looked at on every call, so a hook, a parametrisation, a converted norm or a changed
+flag is seen at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.fx import Proxy
+from torch.nn import functional as F
+from torch.nn.modules import module as global_hooks
+
+Activation = nn.Module | Callable[[Tensor], Tensor] | None
+
+_RELU_FUNCTIONS = (F.relu, F.relu_, torch.relu, torch.relu_)
+
+
+def transforms_active(x: Any) -> bool:
+    """Whether something other than eager autograd or torch.compile is watching: fx, jit, ONNX, functorch, forward-mode AD."""
+    if isinstance(x, Proxy):
+        return True
+    if torch.jit.is_scripting() or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
+        return True
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def any_global_hooks() -> bool:
+    return bool(
+        global_hooks._global_forward_hooks
+        or global_hooks._global_forward_pre_hooks
+        or global_hooks._global_backward_hooks
+        or global_hooks._global_backward_pre_hooks
+    )
+
+
+def is_plain(module: nn.Module, kind: type) -> bool:
+    """Exactly a ``kind`` (a parametrised module is not), and nobody listens to its call."""
+    return type(module) is kind and not (
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def conv_is_plain(conv: nn.Module) -> bool:
+    return is_plain(conv, nn.Conv2d) and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+
+
+def norm_is_plain(bn: nn.Module, kind: type = nn.BatchNorm2d) -> bool:
+    """A batch norm with affine parameters and running statistics."""
+    return is_plain(bn, kind) and bn.weight is not None and bn.bias is not None and bn.running_mean is not None
+
+
+def act_is_plain(act: Activation) -> bool:
+    if act is None or any(act is function for function in _RELU_FUNCTIONS):
+        return True
+    return isinstance(act, nn.Module) and is_plain(act, nn.ReLU)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype to which autocast casts a convolution's operands on the device of ``x``, or None where it is off."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def is_activation(x: Any) -> bool:
+    """A non-empty floating 4-D strided tensor, which the operators can work on."""
+    return (
+        isinstance(x, Tensor)
+        and x.dim() == 4
+        and x.is_floating_point()
+        and x.layout == torch.strided
+        and x.numel() > 0
+        and x.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    )
