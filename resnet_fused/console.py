@@ -65,7 +65,12 @@ def print_table(
     from rich.table import Table
 
     table = Table(
-        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_header=any(header), pad_edge=False
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        show_header=any(header),
+        pad_edge=False,
     )
     if caption:
         table.caption, table.caption_justify = caption, "left"
@@ -84,7 +89,14 @@ def print_table(
 def progress_bar() -> Any:
     """A ``rich.progress.Progress`` on standard error that leaves no trace when done."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     return Progress(
         TextColumn("{task.description}"),

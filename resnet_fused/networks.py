@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 import copy
-from types import MethodType
+import math
+from types import MethodType, ModuleType
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import models, testing
+from . import blocks, models, testing
 
-BUILDERS = (
-    "resnet18",
-    "resnet34",
-    "resnet50",
-    "resnet101",
-    "resnet152",
-    "resnext50_32x4d",
-    "resnext101_32x8d",
-    "resnext101_64x4d",
-    "wide_resnet50_2",
-    "wide_resnet101_2",
-)
+BUILDERS = tuple(models.BUILDERS)
 BRANCH_SCALE = 0.25
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -41,7 +31,7 @@ def _plain_network_forward(self: nn.Module, x: Tensor) -> Tensor:
     return self.fc(torch.flatten(self.avgpool(x), 1))
 
 
-def _torchvision() -> object | None:
+def _torchvision() -> ModuleType | None:
     try:
         return testing.import_torchvision()
     except ImportError:
@@ -53,17 +43,17 @@ def stock_source() -> str:
     torchvision = _torchvision()
     if torchvision is None:
         return "plain torch.nn modules (torchvision is not installed)"
-    return f"torchvision {getattr(torchvision, '__version__', '')}".strip()
+    return f"torchvision {torchvision.__version__}"
 
 
 def stock_model(name: str, num_classes: int = 1000) -> nn.Module:
     """The network in stock PyTorch: torchvision's, or this package's children called one after another."""
     torchvision = _torchvision()
     if torchvision is not None:
-        return getattr(torchvision, "models").__dict__[name](num_classes=num_classes)
-    model = getattr(models, name)(num_classes=num_classes)
+        return getattr(torchvision.models, name)(num_classes=num_classes)
+    model = models.BUILDERS[name](num_classes=num_classes)
     for module in model.modules():
-        if isinstance(module, (models.BasicBlock, models.Bottleneck)):
+        if isinstance(module, (blocks.BasicBlock, blocks.Bottleneck)):
             module.forward = MethodType(_plain_block_forward, module)
     model.forward = MethodType(_plain_network_forward, model)
     return model
@@ -71,7 +61,7 @@ def stock_model(name: str, num_classes: int = 1000) -> nn.Module:
 
 def copy_of(name: str, values: dict[str, Tensor], num_classes: int, *, fused: bool) -> nn.Module:
     """The named network holding ``values``, in their dtypes."""
-    model = getattr(models, name)(num_classes=num_classes) if fused else stock_model(name, num_classes)
+    model = models.BUILDERS[name](num_classes=num_classes) if fused else stock_model(name, num_classes)
     model.load_state_dict(values)
     return model
 
@@ -168,7 +158,7 @@ def relative_error(value: Tensor, gold: Tensor, scale: float = 0.0) -> float:
     difference = float((value.detach().double() - gold.double()).norm())
     size = max(float(gold.double().norm()), scale)
     error = difference / size if size > 0 else difference
-    return error if error == error else float("inf")
+    return float("inf") if math.isnan(error) else error
 
 
 def double_copy(model: nn.Module) -> nn.Module:

@@ -155,10 +155,11 @@ def _chain_backward_fake(
 
 
 def _chain_setup(ctx, inputs, output) -> None:
-    x, residual, parameters, _, spec, eps, save, backend = inputs
+    x, _, parameters, running, spec, eps, save, backend = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.spec, ctx.eps, ctx.backend, ctx.parameter_count = spec, eps, backend, len(parameters)
+    ctx.spec, ctx.eps, ctx.backend = spec, eps, backend
+    ctx.parameter_count, ctx.no_running = len(parameters), [None] * len(running)
     if save:
         ctx.save_for_backward(x, *parameters, *output[1:])
 
@@ -167,7 +168,7 @@ def _chain_vjp(ctx, grads):
     grad = grads[0]
     need_x, need_residual, need_parameters, *_ = ctx.needs_input_grad
     if grad is None:
-        return None, None, [None] * ctx.parameter_count, None, None, None, None, None
+        return None, None, [None] * ctx.parameter_count, ctx.no_running, None, None, None, None
     x, *rest = ctx.saved_tensors
     parameters, saved = rest[: ctx.parameter_count], rest[ctx.parameter_count :]
     needs = [need_x, need_residual, *need_parameters]
@@ -178,7 +179,7 @@ def _chain_vjp(ctx, grads):
             grad, x, parameters, saved, ctx.spec, ctx.eps, needs, ctx.backend
         )
     found = [g if need else None for g, need in zip(found, needs, strict=True)]
-    return found[0], found[1], found[2:], None, None, None, None, None
+    return found[0], found[1], found[2:], ctx.no_running, None, None, None, None
 
 
 def _differentiable_backward(

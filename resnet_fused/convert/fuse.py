@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .graph import Rewritten, rewrite
 from .guards import Guard
-from .sequential import FusedSequential, starts_pattern, stock_tree
+from .sequential import FusedSequential, neighbours, stock_tree
 from .tracing import LeftAlone, Trace, trace
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -46,7 +46,7 @@ class _Fused:
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """A copy or a pickle is the stock module, fused again when its state has been restored."""
-        constructor, arguments, *state = _stock_view(self).__reduce_ex__(protocol)
+        constructor, arguments, *state = _stock_view(self).__reduce_ex__(protocol)  # type: ignore[str-unpack]
         return (_rebuild, (self._stock_class, constructor, arguments), *state)
 
     def __prepare_scriptable__(self) -> nn.Module:
@@ -83,7 +83,7 @@ def _deepcopy(module: Any, memo: dict[int, Any]) -> Any:
 
 @functools.cache
 def _pending_class(stock: type[nn.Module]) -> type[nn.Module]:
-    return type(stock)(stock.__name__, (_Pending, stock), {"_stock_class": stock, "__module__": stock.__module__})
+    return type(stock)(stock.__name__, (_Pending, stock), {"_stock_class": stock, "__module__": stock.__module__})  # type: ignore[misc]
 
 
 def _rebuild(stock: type[nn.Module], constructor: Callable[..., nn.Module], arguments: tuple[Any, ...]) -> nn.Module:
@@ -91,7 +91,7 @@ def _rebuild(stock: type[nn.Module], constructor: Callable[..., nn.Module], argu
     if module.__dict__:
         _fuse_quietly(module)
     else:
-        module.__class__ = _pending_class(stock)
+        module.__class__ = _pending_class(stock)  # type: ignore[arg-type]
     return module
 
 
@@ -151,7 +151,7 @@ def _fused_class(stock: type[nn.Module], traced: Trace, guard: Guard) -> type[nn
         }
         if hasattr(stock, "__deepcopy__"):
             attributes["__deepcopy__"] = _deepcopy
-        _classes[key] = type(stock)(stock.__name__, (_Fused, stock), attributes)
+        _classes[key] = type(stock)(stock.__name__, (_Fused, stock), attributes)  # type: ignore[misc]
     return _classes[key]
 
 
@@ -163,15 +163,17 @@ def _swap(module: nn.Module) -> Rewritten:
     """
     stock = type(module)
     traced = trace(module)
-    found = rewrite(module, traced.graph)
-    if found.patterns:
-        guard = Guard(module, traced, sorted(found.skipped))
-        try:
+    try:
+        found = rewrite(module, traced.graph)
+        if found.patterns:
+            guard = Guard(module, traced, sorted(found.skipped))
             module.__class__ = _fused_class(stock, traced, guard)
-        except TypeError as error:
-            raise LeftAlone(f"its class cannot be changed: {error}") from error
-        for path in found.modules:
-            _keep_channels_last(module.get_submodule(path))
+    except LeftAlone:
+        raise
+    except Exception as error:
+        raise LeftAlone(f"its class cannot be replaced: {type(error).__name__}: {error}") from error
+    for path in found.modules:
+        _keep_channels_last(module.get_submodule(path))
     return found
 
 
@@ -234,7 +236,7 @@ class _Conversion:
 
     def _module(self, path: str, module: nn.Module) -> None:
         if isinstance(module, _Fused):
-            module.__class__ = module._stock_class
+            module.__class__ = module._stock_class  # type: ignore[assignment]
         norms = [id(module.get_submodule(name)) for name in _norms(module)]
         try:
             found = _swap(module)
@@ -249,14 +251,16 @@ class _Conversion:
 
     def _sequential(self, path: str, module: nn.Module) -> None:
         children = list(module.children())
-        pairs = [i for i in range(len(children)) if starts_pattern(children, i)]
-        if not pairs:
+        runs = [(kind, start, end) for kind, start, end in neighbours(children) if kind]
+        if not runs:
             return
         module.__class__ = FusedSequential
         for child in children:
             _keep_channels_last(child)
-        if any(id(children[i]) not in self.covered for i in pairs):
-            self.report.fused.append((path, f"Sequential: {len(pairs)} pairs of neighbours (conv-bn, bn-relu)"))
+        for kind, start, end in runs:
+            if id(children[start]) not in self.covered:
+                names = " → ".join(list(module._modules)[start:end])
+                self.report.fused.append((path, f"{'conv-bn' if kind == 'units' else kind}: {names} (neighbours)"))
 
 
 def fuse(model: Model) -> Model:
@@ -291,8 +295,8 @@ def unfuse(model: Model) -> Model:
         raise TypeError(f"unfuse: model must be a torch.nn.Module, got {type(model).__name__}")
     for module in model.modules():
         if isinstance(module, FusedSequential):
-            module.__class__ = nn.Sequential
+            module.__class__ = nn.Sequential  # type: ignore[assignment]
         elif isinstance(module, _Fused):
-            module.__class__ = module._stock_class
+            module.__class__ = module._stock_class  # type: ignore[assignment]
         module.__dict__.pop("fusion_report", None)
     return model

@@ -13,23 +13,11 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 from torch.fx import Node
-from torch.nn import functional as F
 
 from .. import layers
+from . import calls
 from .dataflow import DataFlow
 from .sequential import is_plain_conv, is_plain_norm
-
-_STEM_POOL = nn.MaxPool2d(3, 2, 1)
-
-
-def functional_relu() -> Callable[[Tensor], Tensor]:
-    """What a rewritten graph passes as the activation where the forward called a ReLU function."""
-    return F.relu
-
-
-def stem_pool() -> nn.MaxPool2d:
-    """What a rewritten graph passes as the pool where the forward called ``F.max_pool2d(x, 3, 2, 1)``."""
-    return _STEM_POOL
 
 
 @dataclass(eq=False)
@@ -202,7 +190,7 @@ class Matcher(DataFlow):
             return None
         if node.op == "call_module":
             return graph.create_node("get_attr", str(node.target))
-        return graph.call_function(functional_relu if self._relu(node) else stem_pool)
+        return graph.call_function(calls.functional_relu if self._relu(node) else calls.stem_pool)
 
     def _fetch_units(self, graph: fx.Graph, chain: list[Unit]) -> tuple[tuple[Any, ...], ...]:
         return tuple(tuple(self._fetch(graph, node) for node in (u.conv, u.bn, u.act)) for u in chain)
@@ -237,13 +225,16 @@ class Matcher(DataFlow):
                 if self._take(whole, relu, with_projection, f"residual block: {pattern}"):
                     return True
 
+        in_place = bool(self._add(add) and self._add(add)[-1])  # type: ignore[index]
+
         def with_residual(graph: fx.Graph) -> Node:
             keywords = {"residual": self._now(other), "act": self._fetch(graph, relu)}
             x = self._now(self._input(chain[0], nodes))
             if chain[0].conv is None:
-                bn = self._fetch(graph, chain[0].bn)
-                return graph.call_function(layers.run_bn_act, (x, bn, keywords["act"], keywords["residual"]))
-            return graph.call_function(layers.run_units, (x, self._fetch_units(graph, chain)), keywords)
+                alone = calls.run_bn_act_in_place if in_place else layers.run_bn_act
+                return graph.call_function(alone, (x, self._fetch(graph, chain[0].bn)), keywords)
+            target: Callable[..., Tensor] = calls.run_units_in_place if in_place else layers.run_units
+            return graph.call_function(target, (x, self._fetch_units(graph, chain)), keywords)
 
         kind = "bn-add-relu" if chain[0].conv is None else "residual block"
         return self._take(nodes, relu, with_residual, f"{kind}: {self._describe(chain)} + {other.name} → relu")
@@ -307,7 +298,8 @@ class Matcher(DataFlow):
             return
 
         def build(graph: fx.Graph) -> Node:
-            return graph.call_function(layers.run_add_act, (self._now(a), self._now(b), self._fetch(graph, relu)))
+            target = calls.run_add_act_in_place if in_place else layers.run_add_act
+            return graph.call_function(target, (self._now(a), self._now(b), self._fetch(graph, relu)))
 
         self._take({add, relu} | passed, relu, build, f"add-relu: {a.name} + {b.name} → relu")
 

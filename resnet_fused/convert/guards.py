@@ -127,7 +127,9 @@ class Guard:
         if type(child) in CONTAINERS:
             self._require(f"tuple({expression}._modules) == {tuple(child._modules)!r}")
             for name, grandchild in child._modules.items():
-                if grandchild is None or is_inlined(grandchild):
+                if grandchild is None:
+                    self._require(f"{access(name, expression)} is None")
+                elif is_inlined(grandchild):
                     self._child(access(name, expression), grandchild)
                 elif not isinstance(child, nn.Sequential):
                     self._type(access(name, expression), type(grandchild))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -28,10 +29,36 @@ def is_stem_pool(module: Any) -> bool:
     return all(size in (want, (want, want)) for size, want in zip(sizes, (3, 2, 1, 1)))
 
 
-def starts_pattern(children: list[nn.Module], i: int) -> bool:
-    """Whether conv→bn or bn→ReLU begins at child ``i``."""
-    first, second = children[i], children[i + 1] if i + 1 < len(children) else None
-    return is_plain_conv(first) and is_plain_norm(second) or is_plain_norm(first) and type(second) is nn.ReLU
+def neighbours(children: list[nn.Module]) -> Iterator[tuple[str, int, int]]:
+    """Cuts a Sequential into runs (kind, start, end); kind is "units" (conv→bn(→ReLU) repeated), "stem", "bn-relu" or ""."""
+    i, count = 0, len(children)
+    while i < count:
+        start, last_unit, last_act = i, i, False
+        while i + 1 < count and is_plain_conv(children[i]) and is_plain_norm(children[i + 1]):
+            last_unit, last_act = i, i + 2 < count and type(children[i + 2]) is nn.ReLU
+            i += 3 if last_act else 2
+        if i > start and last_act and i < count and is_stem_pool(children[i]):
+            if last_unit > start:
+                yield "units", start, last_unit
+            yield "stem", last_unit, i + 1
+            i += 1
+        elif i > start:
+            yield "units", start, i
+        elif is_plain_norm(children[i]) and i + 1 < count and type(children[i + 1]) is nn.ReLU:
+            yield "bn-relu", i, i + 2
+            i += 2
+        else:
+            yield "", i, i + 1
+            i += 1
+
+
+def _triples(children: list[nn.Module]) -> tuple[layers.ConvNormAct, ...]:
+    triples, i = [], 0
+    while i < len(children):
+        act = children[i + 2] if i + 2 < len(children) and type(children[i + 2]) is nn.ReLU else None
+        triples.append((children[i], children[i + 1], act))
+        i += 2 if act is None else 3
+    return tuple(triples)
 
 
 class FusedSequential(nn.Sequential):
@@ -44,30 +71,17 @@ class FusedSequential(nn.Sequential):
     def forward(self, input: Tensor) -> Tensor:
         if not isinstance(input, Tensor) or torch.jit.is_tracing():
             return super().forward(input)
-        children = list(self._modules.values())
-        x, i = input, 0
-        while i < len(children):
-            units: list[tuple[nn.Module, nn.Module, nn.Module | None]] = []
-            pool = None
-            while i + 1 < len(children) and is_plain_conv(children[i]) and is_plain_norm(children[i + 1]):
-                act = children[i + 2] if i + 2 < len(children) and type(children[i + 2]) is nn.ReLU else None
-                units.append((children[i], children[i + 1], act))
-                i += 2 if act is None else 3
-            if units and units[-1][2] is not None and i < len(children) and is_stem_pool(children[i]):
-                pool = (*units.pop(), children[i])
-                i += 1
-            if units:
-                x = layers.run_units(x, tuple(units))
-            if pool is not None:
-                x = layers.run_stem(x, *pool)
-            if units or pool is not None:
-                continue
-            if starts_pattern(children, i):
-                x = layers.run_bn_act(x, children[i], children[i + 1])
-                i += 2
+        children, x = list(self._modules.values()), input
+        for kind, start, end in neighbours(children):  # type: ignore[arg-type]
+            run = children[start:end]
+            if kind == "units":
+                x = layers.run_units(x, _triples(run))  # type: ignore[arg-type]
+            elif kind == "stem":
+                x = layers.run_stem(x, *run)  # type: ignore[arg-type]
+            elif kind == "bn-relu":
+                x = layers.run_bn_act(x, *run)  # type: ignore[arg-type]
             else:
-                x = children[i](x)
-                i += 1
+                x = run[0](x)  # type: ignore[misc]
         return x
 
     def _get_name(self) -> str:

@@ -57,7 +57,7 @@ class _Proxy(fx.Proxy):
 
     _is_param = False
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self):  # type: ignore[override]
         caller = sys._getframe(1).f_globals.get("__name__", "")
         if caller.startswith(("torch.fx", "resnet_fused")):
@@ -137,7 +137,7 @@ def is_inlined(module: nn.Module) -> bool:
     """Whether a trace looks inside ``module``: a Sequential without hooks with a convolution or batch norm in it."""
     if type(module) not in (nn.Sequential, FusedSequential) or has_hooks(module):
         return False
-    return any(type(child) in (nn.Conv2d, nn.BatchNorm2d) or is_inlined(child) for child in module)
+    return any(type(child) in (nn.Conv2d, nn.BatchNorm2d) or is_inlined(child) for child in module)  # type: ignore[attr-defined]
 
 
 def _required_inputs(cls: type[nn.Module]) -> tuple[str, ...]:
@@ -170,7 +170,7 @@ def _recording_class(cls: type[nn.Module], inputs: tuple[str, ...], reads: Count
             reads[name] += 1
             return super().__getattribute__(name)
 
-    return type(cls)(cls.__name__, (Recorder, cls), {"forward": namespace["forward"], "__module__": cls.__module__})
+    return type(cls)(cls.__name__, (Recorder, cls), {"forward": namespace["forward"], "__module__": cls.__module__})  # type: ignore[misc]
 
 
 class _Snapshot:
@@ -185,11 +185,12 @@ class _Snapshot:
 
     @staticmethod
     def _random() -> list[Any]:
-        state = [torch.get_rng_state().tolist(), random.getstate()]
+        state = [torch.get_rng_state(), random.getstate()]
         if "numpy" in sys.modules:
-            state.append(str(sys.modules["numpy"].random.get_state()))
+            kind, keys, *position = sys.modules["numpy"].random.get_state()
+            state.append((kind, keys.tobytes(), *position))
         if torch.cuda.is_initialized():
-            state.append(torch.cuda.get_rng_state().tolist())
+            state.append(torch.cuda.get_rng_state())
         return state
 
     @staticmethod
@@ -212,7 +213,8 @@ class _Snapshot:
                 for name, before in contents.items():
                     now[name].clear()
                     now[name].extend(before) if isinstance(before, list) else now[name].update(before)
-        if changed is None and self._random() != self.random:
+        pairs = zip(self._random(), self.random, strict=True)
+        if changed is None and not all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in pairs):
             changed = "its forward draws random numbers outside the graph"
         return changed
 

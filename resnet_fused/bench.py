@@ -1,0 +1,302 @@
+"""``resnet-fused bench``: stock PyTorch, this package and torch.compile on the same images, in turns, answers checked first."""
+
+from __future__ import annotations
+
+import csv
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from . import images, info, networks, peak_memory, providers
+from .console import UsageError, print_table, progress_bar, warn
+from .providers import Provider, Setting
+
+AGAIN = "fused again"  # the same network timed twice: what the clock alone is worth
+COLUMNS = (
+    "op",
+    "mode",
+    "provider",
+    "shape",
+    "dtype",
+    "layout",
+    "p50_ms",
+    "p20_ms",
+    "p80_ms",
+    "gb_per_s",
+    "tflop_per_s",
+    "fraction_of_roofline",
+    "peak_mib",
+    "device",
+    "versions",
+    "commit",
+    "images_per_s",
+    "ratio_to_stock",
+    "error_vs_fp64",
+    "threads",
+    "images",
+)
+MIN_SAMPLE_S = 0.05
+
+
+@dataclass
+class Result:
+    """One provider's figures; ``problem`` says why there are none."""
+
+    name: str
+    error: tuple[float, float] | None = None
+    problem: str = ""
+    samples_ms: list[float] = field(default_factory=list)
+    peak_mib: float | None = None
+
+    def quantile(self, q: float) -> float:
+        return float(torch.tensor(self.samples_ms, dtype=torch.float64).quantile(q))
+
+    @property
+    def median_ms(self) -> float:
+        return statistics.median(self.samples_ms)
+
+
+def timed_ms(call: Callable[[Tensor], object], batch: Tensor, loops: int) -> float:
+    """Milliseconds per ``call(batch)``, mean of ``loops`` in a row; by device events on a GPU."""
+    if batch.device.type == "cuda":
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(loops):
+            call(batch)
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / loops
+    begin = time.perf_counter()
+    for _ in range(loops):
+        call(batch)
+    return (time.perf_counter() - begin) * 1e3 / loops
+
+
+def operations(setting: Setting) -> int:
+    """Floating-point operations of one step of the stock network, convolutions and products only, counted without running."""
+    with torch.device("meta"):
+        network = networks.stock_model(setting.model).train(setting.mode == "train")
+        x = torch.empty(setting.batch, 3, setting.image_size, setting.image_size)
+    counter = FlopCounterMode(display=False)
+    with counter:
+        out = network(x)
+        if setting.mode == "train":
+            out.sum().backward()
+    return int(counter.get_total_flops())
+
+
+def _prepare(
+    names: Sequence[str], source: nn.Module, setting: Setting, x: Tensor, step: Callable[[str], None]
+) -> tuple[dict[str, Result], dict[str, Provider]]:
+    """Build every provider and check its answers; only those that are right come back as providers."""
+    results = {name: Result(name) for name in names}
+    ready: dict[str, Provider] = {}
+    step("float64 reference")
+    gold = providers.gold_answer(source, setting, x)
+    for name in names:
+        step(f"checking {name}")
+        result = results[name]
+        try:
+            provider = providers.build(name, source, setting)
+            result.error = providers.errors(provider, setting, x, gold)
+        except Exception as error:  # one provider that cannot run is a row: the others are still measured
+            if name == "stock":
+                raise
+            result.problem = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            continue
+        stock = results["stock"].error
+        assert stock is not None
+        if providers.is_right(result.error, stock, setting):
+            ready[name] = provider
+        else:
+            result.problem = "WRONG ANSWER"
+    return results, ready
+
+
+def measure(
+    names: Sequence[str],
+    source: nn.Module,
+    setting: Setting,
+    x: Tensor,
+    *,
+    repeats: int,
+    memory: bool,
+    step: Callable[[str], None],
+) -> list[Result]:
+    """Check, then time the providers in turns, then weigh each in a process of its own.
+
+    ``step`` is called ``2 · len(names) + 2 + repeats`` times at most, with what comes next.
+    """
+    results, ready = _prepare(names, source, setting, x, step)
+    batch = providers.batch_for(setting, x)
+    contestants = {name: provider.step for name, provider in ready.items()}
+    if "fused" in ready:
+        contestants[AGAIN] = ready["fused"].step
+        results[AGAIN] = Result(AGAIN, results["fused"].error)
+    step("warm-up")
+    for provider in ready.values():
+        provider.step(batch)
+    loops = {
+        name: max(1, round(MIN_SAMPLE_S * 1e3 / max(timed_ms(call, batch, 1), 1e-3)))
+        for name, call in contestants.items()
+    }
+    order = list(contestants)
+    for repeat in range(repeats):
+        step(f"timing, round {repeat + 1}")
+        # Every provider is once in each place of the round, so that none always follows the same neighbour's heat.
+        shift = repeat % len(order)
+        for name in order[shift:] + order[:shift]:
+            call = contestants[name]
+            results[name].samples_ms.append(timed_ms(call, batch, loops[name]))
+    if memory:
+        for name in ready:
+            step(f"memory of {name}")
+            results[name].peak_mib = peak_memory.measure(name, setting)
+    return list(results.values())
+
+
+def _columns(result: Result, stock: Result, setting: Setting) -> list[str]:
+    error = "" if result.error is None else f"{max(result.error):.1e}"
+    if not result.samples_ms:
+        return [result.name, "", "", "", "", "", error, result.problem]
+    ratio = stock.median_ms / result.median_ms
+    spread = f"{result.median_ms:.1f} ({result.quantile(0.2):.1f}–{result.quantile(0.8):.1f})"
+    peak = "" if result.peak_mib is None else f"{result.peak_mib:,.0f} MiB"
+    rate = setting.batch / result.median_ms * 1e3
+    saved = "" if result is stock else f"{100 * (1 - 1 / ratio):+.1f} %"
+    return [result.name, f"{rate:.1f}", spread, f"{ratio:.2f}×", saved, peak, error, ""]
+
+
+def print_results(results: Sequence[Result], setting: Setting, described: str) -> None:
+    """The table for a terminal."""
+    stock = results[0]
+    shape = f"batch {setting.batch}, {setting.image_size}×{setting.image_size}"
+    print_table(
+        f"{setting.model}, {setting.mode}, {setting.dtype}, {shape}, on {info.device_name(setting.device)}",
+        ["", "images/s", "ms (p20–p80)", "to stock", "time saved", "peak memory", "error", ""],
+        [_columns(result, stock, setting) for result in results],
+        right=(1, 2, 3, 4, 5, 6),
+        styles=["red" if result.problem else "bold" if result.name == "fused" else None for result in results],
+        caption=f"{described}; stock: {networks.stock_source()}, eager, channels_last; {torch.get_num_threads()} threads; "
+        "error: largest of logits and gradients, relative to float64",
+    )
+
+
+def rows(results: Sequence[Result], setting: Setting, described: str) -> list[dict[str, Any]]:
+    """CSV rows; a provider without a right answer has none."""
+    flops, found = operations(setting), info.versions()
+    fixed = {
+        "op": setting.model,
+        "mode": setting.mode,
+        "shape": f"{setting.batch}x3x{setting.image_size}x{setting.image_size}",
+        "dtype": setting.dtype,
+        "layout": "channels_last",
+        "device": info.device_name(setting.device),
+        "versions": f"resnet_fused {found['resnet_fused']}; torch {found['torch']}; torchvision {found['torchvision']}",
+        "commit": found["commit"],
+        "threads": torch.get_num_threads(),
+        "images": described,
+    }
+    made = []
+    for result in results:
+        if result.samples_ms and result.error is not None:
+            ms = result.median_ms
+            made.append(
+                fixed
+                | {
+                    "provider": result.name,
+                    "p50_ms": f"{ms:.3f}",
+                    "p20_ms": f"{result.quantile(0.2):.3f}",
+                    "p80_ms": f"{result.quantile(0.8):.3f}",
+                    "tflop_per_s": f"{flops / ms / 1e9:.4f}",
+                    "peak_mib": "" if result.peak_mib is None else f"{result.peak_mib:.1f}",
+                    "images_per_s": f"{setting.batch / ms * 1e3:.2f}",
+                    "ratio_to_stock": f"{results[0].median_ms / ms:.4f}",
+                    "error_vs_fp64": f"{max(result.error):.3e}",
+                }
+            )
+    return made
+
+
+def append_csv(path: str, made: Sequence[dict[str, Any]], columns: Sequence[str] = COLUMNS) -> None:
+    """Append rows, with a header when the file is new."""
+    new = not Path(path).exists() or Path(path).stat().st_size == 0
+    with open(path, "a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerows(made)
+
+
+def _check_results_file(path: str | None) -> None:
+    if path is None:
+        return
+    if not Path(path).resolve().parent.is_dir() or Path(path).is_dir():
+        raise UsageError(f"--results-file: cannot write {path}: no such folder, or a folder itself")
+    if Path(path).exists():
+        first = Path(path).read_text(encoding="utf-8").partition("\n")[0]
+        if first and first != ",".join(COLUMNS):
+            raise UsageError(f"--results-file: {path} holds other columns than these rows")
+
+
+class _Steps:
+    """Moves a progress bar on by one, and says what comes next."""
+
+    def __init__(self, progress: Any, task: Any, done: int, prefix: str) -> None:
+        self._progress, self._task, self._done, self._prefix = progress, task, done, prefix
+
+    def __call__(self, what: str) -> None:
+        self._progress.update(self._task, completed=self._done, description=f"{self._prefix}: {what}")
+        self._done += 1
+
+
+def run(
+    model: str,
+    batches: Sequence[int],
+    dtypes: Sequence[str],
+    *,
+    mode: str = "infer",
+    image_size: int = 224,
+    device: str = "cpu",
+    folder: str | None = None,
+    results_file: str | None = None,
+    chosen: Sequence[str] = ("stock", "fused", "compile"),
+    repeats: int = 11,
+    memory: bool = True,
+) -> int:
+    """Measure every batch size and dtype, print a table for each; 1 when a provider failed or was wrong."""
+    _check_results_file(results_file)
+    names = ["stock", *(name for name in ("fused", "compile") if name in chosen)]
+    x, described = images.batch(max(batches), image_size, folder)
+    if mode == "train" and min(batches) * (image_size // 32) ** 2 < 2:
+        raise UsageError("training needs more than one value per channel: a larger --batch or --image-size")
+    torch.manual_seed(0)
+    source = networks.stock_model(model)
+    networks.calibrate(source, x[:16] if len(x) * (image_size // 32) ** 2 > 1 else x.repeat(2, 1, 1, 1))
+    failed = False
+    cases = [Setting(model, mode, dtype, device, batch, image_size) for dtype in dtypes for batch in batches]
+    per_case = len(names) * (2 if memory else 1) + 2 + repeats
+    with progress_bar() as progress:
+        task = progress.add_task(model, total=per_case * len(cases))
+        for number, setting in enumerate(cases):
+            step = _Steps(progress, task, number * per_case, f"{setting.dtype} batch {setting.batch}")
+            results = measure(names, source, setting, x[: setting.batch], repeats=repeats, memory=memory, step=step)
+            progress.stop()
+            print_results(results, setting, described)
+            progress.start()
+            if results_file is not None:
+                append_csv(results_file, rows(results, setting, described))
+            for result in results:
+                if result.problem:
+                    failed = True
+                    warn(f"{result.name}, {setting.dtype}, batch {setting.batch}: {result.problem}")
+    if results_file is not None:
+        print(f"rows appended to {results_file}")
+    return 1 if failed else 0

@@ -1,0 +1,172 @@
+"""A convolution with its batch norm folded in, and the residual addition and ReLU that follow it, for inference only."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from . import dispatch
+
+MAX_PACKED_SHAPES = 4
+
+_FAST_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def fold(conv: nn.Conv2d, bn: nn.Module | None, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of the convolution that computes ``bn(conv(x))`` with running statistics.
+
+    weight·s and (conv.bias − running_mean)·s + bn.bias, s = bn.weight / sqrt(running_var + eps).
+
+    Args:
+        conv: its weight and bias are read, never changed.
+        bn (optional): ``nn.BatchNorm2d`` with or without affine parameters, or torchvision's ``FrozenBatchNorm2d``.
+        dtype: of the result; that of ``conv.weight`` by default.
+    Numerics: everything in float64, one rounding at the end.
+    """
+    device, dtype = conv.weight.device, dtype or conv.weight.dtype
+    work = device if device.type in ("cpu", "cuda", "meta") else torch.device("cpu")
+
+    def wide(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.detach().to(work, torch.float64)
+
+    weight, bias = wide(conv.weight), wide(conv.bias)
+    assert weight is not None
+    if bn is not None:
+        mean, var, gamma, beta = (wide(t) for t in (bn.running_mean, bn.running_var, bn.weight, bn.bias))  # type: ignore[arg-type]
+        scale = torch.rsqrt(var + bn.eps)  # type: ignore[operator]
+        scale = scale if gamma is None else scale * gamma
+        bias = -mean * scale if bias is None else (bias - mean) * scale  # type: ignore[operator]
+        bias = bias if beta is None else bias + beta
+        weight = weight * scale.reshape(-1, 1, 1, 1)
+    folded = weight.to(device, dtype, memory_format=torch.channels_last)
+    return folded, None if bias is None else bias.to(device, dtype)
+
+
+class FoldedConv2d(nn.Module):
+    """``y = conv2d(x, weight, bias) [+ residual]``, then ``relu(y)`` where ``relu`` is set.
+
+    Args of ``forward``:
+        x (Tensor[N, C, H, W]): any layout; on a processor the output is channels_last.
+        residual (Tensor, optional): is overwritten with the result where ``reuse_residual`` is set, which only the owner of
+            the graph may do: when nothing reads it any more.
+    Numerics: one rounding of convolution + bias + residual on the fast path, as oneDNN's epilogue does it. ReLU is a pass of
+        its own, because oneDNN's ReLU epilogue turns NaN into 0 while ``torch.relu`` keeps it.
+    Traffic: convolution's, + 1 read of the residual, + 1 read and 1 write of the output for the ReLU.
+
+    The fast path (float32 and bfloat16 on a processor with oneDNN) keeps weights packed for the last
+    ``MAX_PACKED_SHAPES`` input shapes: which blocking oneDNN wants depends on the image and batch size, and a weight in another
+    blocking is reordered at every call. Packed weights are not part of the state, and are made again when needed.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, conv: nn.Conv2d, bn: nn.Module | None = None, relu: bool = False, dtype: torch.dtype | None = None):
+        super().__init__()
+        weight, bias = fold(conv, bn, dtype)
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
+        self.stride, self.padding, self.dilation = conv.stride, conv.padding, conv.dilation
+        self.groups, self.relu, self.reuse_residual = conv.groups, relu, False
+        self._forget_packed()
+        self.eval()
+
+    def _forget_packed(self) -> None:
+        self._packed: OrderedDict[tuple[int, ...], Tensor] = OrderedDict()
+        self._last: tuple[tuple[int, ...] | None, Tensor | None] = (None, None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_packed": OrderedDict(), "_last": (None, None)}
+
+    def _apply(self, fn: Any, recurse: bool = True) -> FoldedConv2d:
+        self._forget_packed()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._forget_packed()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _pack(self, shape: tuple[int, ...]) -> Tensor | None:
+        """The weight packed for inputs of ``shape``; None where oneDNN must not be asked."""
+        packed = self._packed.get(shape)
+        if packed is not None:
+            self._packed.move_to_end(shape)
+        else:
+            if not self._is_valid(shape):
+                return None
+            packed = torch._C._nn.mkldnn_reorder_conv2d_weight(
+                self.weight.to_mkldnn(), self.padding, self.stride, self.dilation, self.groups, list(shape)
+            )
+            self._packed[shape] = packed
+            if len(self._packed) > MAX_PACKED_SHAPES:
+                self._packed.popitem(last=False)
+        self._last = (shape, packed)
+        return packed
+
+    def _is_valid(self, shape: tuple[int, ...]) -> bool:
+        """Whether stock PyTorch would accept an input of ``shape`` and give a non-empty result."""
+        if shape[1] != self.weight.shape[1] * self.groups or 0 in shape:
+            return False
+        geometry = zip(shape[2:], self.weight.shape[2:], self.padding, self.dilation, strict=True)
+        return all(size + 2 * pad >= dilation * (kernel - 1) + 1 for size, kernel, pad, dilation in geometry)
+
+    def _packed_for(self, x: Tensor) -> Tensor | None:
+        """The packed weight when x can take the fast path, else None."""
+        if (
+            x.dtype not in _FAST_DTYPES
+            or x.dtype != self.weight.dtype
+            or type(x) is not Tensor
+            or x.device.type != "cpu"
+            or x.dim() != 4
+            or torch.compiler.is_compiling()
+            or dispatch.transforms_active(x)
+            or not _is_onednn_usable(x.dtype)
+        ):
+            return None
+        shape = tuple(x.shape)
+        last_shape, packed = self._last
+        return packed if last_shape == shape else self._pack(shape)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        packed = self._packed_for(x)
+        if packed is None:
+            y = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+            y = y if residual is None else y + residual
+            return torch.relu(y) if self.relu else y
+
+        x = x.contiguous(memory_format=torch.channels_last)
+        ops, geometry = torch.ops.mkldnn, (self.padding, self.stride, self.dilation, self.groups)
+        if residual is not None and self.reuse_residual and self._fits(x, residual):
+            y = ops._convolution_pointwise_.binary(
+                residual, x, packed, self.bias, *geometry, "add", 1.0, None, [], None
+            )
+        else:
+            y = ops._convolution_pointwise.default(x, packed, self.bias, *geometry, "none", [], "")
+            if residual is not None:
+                y = y.add_(residual) if self._fits(x, residual) else y + residual
+        return torch.relu_(y) if self.relu else y
+
+    def _fits(self, x: Tensor, residual: Tensor) -> bool:
+        """Whether ``residual`` has the dtype, shape and layout of the output for x."""
+        if type(residual) is not Tensor or residual.dtype != x.dtype or residual.dim() != 4:
+            return False
+        geometry = zip(x.shape[2:], self.weight.shape[2:], self.stride, self.padding, self.dilation, strict=True)
+        sizes = [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in geometry]
+        return list(residual.shape) == [x.shape[0], self.weight.shape[0], *sizes] and residual.is_contiguous(
+            memory_format=torch.channels_last
+        )
+
+    def extra_repr(self) -> str:
+        out, width, *kernel = self.weight.shape
+        epilogue = " + relu" if self.relu else ""
+        return f"{width * self.groups}, {out}, kernel_size={tuple(kernel)}, stride={self.stride}, {self.weight.dtype}{epilogue}"
+
+
+def _is_onednn_usable(dtype: torch.dtype) -> bool:
+    if not torch.backends.mkldnn.is_available() or not torch._C._get_mkldnn_enabled():
+        return False
+    return dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()

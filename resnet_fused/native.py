@@ -1,0 +1,156 @@
+"""The compiled library: loading it, saying what became of it, and shapes of its operators for tracing.
+
+``_cpu.so`` holds the operators of namespace ``resnet_fused`` (csrc/ops.cpp) and their processor kernels; ``_C`` tells how it
+was built. Both are optional: without them the ``aten`` backend runs, and ``status`` says why.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_HERE = Path(__file__).resolve().parent
+LIBRARIES = ("_cpu.so", "_cpu.dylib", "_cpu.dll")
+FAILURE_NOTE = "_build_failure.txt"  # written by the build when there was no compiler, or it failed
+
+_status: str | None = None  # None: not tried yet; "loaded"; otherwise the reason
+
+
+def load() -> bool:
+    """Load the library once; never raises. True when its operators can be called."""
+    global _status
+    if _status is None:
+        _status = _load()
+    return _status == "loaded"
+
+
+def _load() -> str:
+    library = next((path for name in LIBRARIES if (path := _HERE / name).exists()), None)
+    if library is None:
+        note = _HERE / FAILURE_NOTE
+        if note.exists():
+            return "the C++ build failed: " + note.read_text(encoding="utf-8").strip()
+        return "not compiled: run 'pip install .' (or 'python setup.py build_ext --inplace') with a C++20 compiler"
+    try:
+        torch.ops.load_library(str(library))
+        _register_fakes()
+    except Exception as error:  # whatever the dynamic loader or the registration raises, the package must still import
+        return f"{library.name} could not be loaded: {error}"
+    return "loaded"
+
+
+def is_loaded() -> bool:
+    """Whether the operators can be called."""
+    return load()
+
+
+def status() -> str:
+    """``"loaded"``, or the reason why the library is not."""
+    load()
+    assert _status is not None
+    return _status
+
+
+def build_info() -> dict[str, object]:
+    """How the library was built: compiler, flags, instruction_sets compiled, detected and selected one, torch version.
+
+    Empty when it was not built.
+    """
+    try:
+        extension = importlib.import_module("._C", __package__)
+    except ImportError:
+        return {}
+    return dict(extension.build_info())
+
+
+def _bytes(like: Tensor, wanted: bool) -> Tensor:
+    return like.new_empty((like.numel() + 7) // 8 if wanted else 0, dtype=torch.uint8)
+
+
+def _channels(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+def _bn_stats(x: Tensor) -> tuple[Tensor, Tensor]:
+    return _channels(x), _channels(x)
+
+
+def _bn_act(
+    x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, relu: bool, save_mask: bool
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), _bytes(x, save_mask)
+
+
+def _bn_act_backward_reduce(
+    grad: Tensor,
+    x: Tensor,
+    mask: Tensor | None,
+    mean: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    relu: bool,
+    want_activation: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _channels(x), _channels(x), torch.empty_like(x) if want_activation else x.new_empty(0)
+
+
+def _bn_act_backward(grad: Tensor, x: Tensor, *others: object) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _add_relu(a: Tensor, b: Tensor, save_mask: bool) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(a), _bytes(a, save_mask)
+
+
+def _mask_grad(grad: Tensor, mask: Tensor, addend: Tensor | None) -> Tensor:
+    return torch.empty_like(grad)
+
+
+def _pooled(x: Tensor, dtype: torch.dtype) -> Tensor:
+    n, c, h, w = x.shape
+    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty((n, c, (h + 1) // 2, (w + 1) // 2), dtype=dtype, device=x.device, memory_format=layout)
+
+
+def _bn_relu_maxpool(x: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    return _pooled(x, x.dtype), _pooled(x, torch.uint8)
+
+
+def _bn_relu_maxpool_backward_reduce(grad: Tensor, index: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    return _channels(x), _channels(x)
+
+
+def _bn_relu_maxpool_backward(grad: Tensor, index: Tensor, x: Tensor, *others: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _nothing(*args: object) -> None:
+    return None
+
+
+_FAKES = {
+    "bn_stats": _bn_stats,
+    "bn_act": _bn_act,
+    "bn_act_": _nothing,
+    "bn_act_backward_reduce": _bn_act_backward_reduce,
+    "bn_act_backward": _bn_act_backward,
+    "bn_act_backward_": _nothing,
+    "add_relu": _add_relu,
+    "mask_grad": _mask_grad,
+    "mask_grad_add_": _nothing,
+    "bn_relu_maxpool": _bn_relu_maxpool,
+    "bn_relu_maxpool_backward_reduce": _bn_relu_maxpool_backward_reduce,
+    "bn_relu_maxpool_backward": _bn_relu_maxpool_backward,
+}
+
+
+def _register_fakes() -> None:
+    for name, fake in _FAKES.items():
+        torch.library.register_fake(f"resnet_fused::{name}", fake)
+
+
+load()
