@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
 from typing import Any
 
@@ -65,7 +66,9 @@ class FoldedConv2d(nn.Module):
     weight: Tensor
     bias: Tensor | None
 
-    def __init__(self, conv: nn.Conv2d, bn: nn.Module | None = None, relu: bool = False, dtype: torch.dtype | None = None):
+    def __init__(
+        self, conv: nn.Conv2d, bn: nn.Module | None = None, relu: bool = False, dtype: torch.dtype | None = None
+    ):
         super().__init__()
         weight, bias = fold(conv, bn, dtype)
         self.register_buffer("weight", weight)
@@ -166,7 +169,12 @@ class FoldedConv2d(nn.Module):
         return f"{width * self.groups}, {out}, kernel_size={tuple(kernel)}, stride={self.stride}, {self.weight.dtype}{epilogue}"
 
 
-def _is_onednn_usable(dtype: torch.dtype) -> bool:
-    if not torch.backends.mkldnn.is_available() or not torch._C._get_mkldnn_enabled():
+@functools.cache
+def _has_onednn(dtype: torch.dtype) -> bool:
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
         return False
     return dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def _is_onednn_usable(dtype: torch.dtype) -> bool:
+    return _has_onednn(dtype) and torch._C._get_mkldnn_enabled()
