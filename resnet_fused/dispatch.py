@@ -40,9 +40,13 @@ def any_global_hooks() -> bool:
 
 
 def is_plain(module: nn.Module, kind: type) -> bool:
-    """Exactly a ``kind`` (a parametrised module is not), and nobody listens to its call."""
+    """Exactly a ``kind`` (a parametrised module is not), whose ``forward`` nobody replaced and whose call nobody listens to."""
     return type(module) is kind and not (
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
     )
 
 
@@ -64,6 +68,8 @@ def act_is_plain(act: Activation) -> bool:
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype to which autocast casts a convolution's operands on the device of ``x``, or None where it is off."""
     device = x.device.type
+    if device == "meta":  # has no autocast: PyTorch raises on the question
+        return None
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 

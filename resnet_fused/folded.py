@@ -1,4 +1,4 @@
-"""A convolution with its batch norm folded in, and the residual addition and ReLU that follow it, for inference only."""
+"""A convolution with its batch norm folded in and the residual addition and ReLU that follow it: inference only."""
 
 from __future__ import annotations
 
@@ -47,20 +47,30 @@ def fold(conv: nn.Conv2d, bn: nn.Module | None, dtype: torch.dtype | None = None
     return folded, None if bias is None else bias.to(device, dtype)
 
 
+def is_foldable(conv: nn.Conv2d, bn: nn.Module, dtype: torch.dtype | None = None) -> bool:
+    """Whether folding creates no infinity or NaN: infinite statistics or a weight that overflows ``dtype`` would, and
+    sums of infinite products are NaN where the batch norm after the sum gives infinity or, with the ReLU, 0.
+    """
+    if conv.weight.device.type == "meta":
+        return True
+    weight, bias = fold(conv, bn, dtype)
+    return bool((weight.isfinite() | ~conv.weight.isfinite()).all() and (bias is None or bias.isfinite().all()))
+
+
 class FoldedConv2d(nn.Module):
     """``y = conv2d(x, weight, bias) [+ residual]``, then ``relu(y)`` where ``relu`` is set.
 
     Args of ``forward``:
         x (Tensor[N, C, H, W]): any layout; on a processor the output is channels_last.
-        residual (Tensor, optional): is overwritten with the result where ``reuse_residual`` is set, which only the owner of
-            the graph may do: when nothing reads it any more.
-    Numerics: one rounding of convolution + bias + residual on the fast path, as oneDNN's epilogue does it. ReLU is a pass of
-        its own, because oneDNN's ReLU epilogue turns NaN into 0 while ``torch.relu`` keeps it.
+        residual (Tensor, optional): is overwritten with the result where ``reuse_residual`` is set, which is for the
+            owner of the graph: nothing may read it any more.
+    Numerics: convolution + bias (+ residual, where it is overwritten) are rounded once, in oneDNN's epilogue. ReLU is a
+        pass of its own, because oneDNN's ReLU epilogue turns NaN into 0 while ``torch.relu`` keeps it.
     Traffic: convolution's, + 1 read of the residual, + 1 read and 1 write of the output for the ReLU.
 
     The fast path (float32 and bfloat16 on a processor with oneDNN) keeps weights packed for the last
-    ``MAX_PACKED_SHAPES`` input shapes: which blocking oneDNN wants depends on the image and batch size, and a weight in another
-    blocking is reordered at every call. Packed weights are not part of the state, and are made again when needed.
+    ``MAX_PACKED_SHAPES`` input shapes: which blocking oneDNN wants depends on the image and batch size, and a weight in
+    another blocking is reordered at every call. Packed weights are not part of the state and are made when needed.
     """
 
     weight: Tensor
@@ -73,7 +83,8 @@ class FoldedConv2d(nn.Module):
         weight, bias = fold(conv, bn, dtype)
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
-        self.stride, self.padding, self.dilation = conv.stride, conv.padding, conv.dilation
+        self.stride, self.dilation = conv.stride, conv.dilation
+        self.padding: tuple[int, ...] = conv.padding  # type: ignore[assignment]
         self.groups, self.relu, self.reuse_residual = conv.groups, relu, False
         self._forget_packed()
         self.eval()
@@ -101,9 +112,8 @@ class FoldedConv2d(nn.Module):
         else:
             if not self._is_valid(shape):
                 return None
-            packed = torch._C._nn.mkldnn_reorder_conv2d_weight(
-                self.weight.to_mkldnn(), self.padding, self.stride, self.dilation, self.groups, list(shape)
-            )
+            pack: Any = torch._C._nn.mkldnn_reorder_conv2d_weight  # its stub lacks the shape
+            packed = pack(self.weight.to_mkldnn(), self.padding, self.stride, self.dilation, self.groups, list(shape))
             self._packed[shape] = packed
             if len(self._packed) > MAX_PACKED_SHAPES:
                 self._packed.popitem(last=False)
@@ -166,7 +176,8 @@ class FoldedConv2d(nn.Module):
     def extra_repr(self) -> str:
         out, width, *kernel = self.weight.shape
         epilogue = " + relu" if self.relu else ""
-        return f"{width * self.groups}, {out}, kernel_size={tuple(kernel)}, stride={self.stride}, {self.weight.dtype}{epilogue}"
+        size = f"{width * self.groups}, {out}, kernel_size={tuple(kernel)}, stride={self.stride}"
+        return f"{size}, {self.weight.dtype}{epilogue}"
 
 
 @functools.cache

@@ -64,7 +64,8 @@ def _fits(x: Tensor, units: Sequence[Unit], projection: Unit | None, dtype: torc
             parameters = [*unit.parameters(), unit.running_mean, unit.running_var]
             if unit.channels != width or any(p is None or p.device != x.device for p in parameters):
                 return False
-            if unit.bn_weight.dtype not in (dtype, torch.float32) or unit.bn_bias.dtype != unit.bn_weight.dtype:
+            norm_dtypes = (dtype,) if dtype == torch.float64 else (dtype, torch.float32)
+            if unit.bn_weight.dtype not in norm_dtypes or unit.bn_bias.dtype != unit.bn_weight.dtype:
                 return False
     return True
 

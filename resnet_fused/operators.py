@@ -131,8 +131,16 @@ def _chain_backward(
     needed = plan.Needs(needs[0], needs[1], tuple(needs[2:]))
     c = unflatten(parameters, (), spec, eps)
     dx, dresidual, gradients = plan.backward(backends.get(backend), c, grad, x, saved, needed)
-    wanted = [g if need else None for g, need in zip([dx, dresidual, *gradients], needs, strict=True)]
+    laid_out = [None if g is None else _laid_out_like(g, p) for g, p in zip(gradients, parameters, strict=True)]
+    wanted = [g if need else None for g, need in zip([dx, dresidual, *laid_out], needs, strict=True)]
     return [grad.new_empty(0) if g is None else g for g in wanted]
+
+
+def _laid_out_like(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """``gradient`` with the strides of ``parameter``, as the fake kernel promises and autograd would make them anyway."""
+    strides = zip(gradient.shape, gradient.stride(), parameter.stride(), strict=True)
+    same = all(size == 1 or ours == theirs for size, ours, theirs in strides)
+    return gradient if same else torch.empty_like(parameter).copy_(gradient)
 
 
 def _chain_backward_fake(
@@ -186,6 +194,8 @@ def _differentiable_backward(
     ctx, grad: Tensor, x: Tensor, parameters: Sequence[Tensor], saved: Sequence[Tensor], needs: Sequence[bool]
 ) -> list[Tensor | None]:
     """The gradients as a recorded computation: the plain formula again, with the forward's own ReLU mask."""
+    # Views: a tensor that is used twice, or made from another input, has the gradient of each use alone.
+    x, parameters = x.view_as(x), [p.view_as(p) for p in parameters]
     c = unflatten(parameters, (), ctx.spec, ctx.eps)
     widths = [unit.channels for unit in c.units]
     units = []

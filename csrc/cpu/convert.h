@@ -19,19 +19,42 @@ RF_INLINE V load_bits(const void* p) {
 // --- one register: bfloat16, the upper half of a float ---
 
 RF_INLINE vf widen_bf16(const void* p) {
+#if defined(RF_AVX512)
+  return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#elif defined(RF_AVX2)
+  return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+#else
   return (vf)(__builtin_convertvector(load_bits<Native<float>::half>(p), vu) << 16);
+#endif
 }
 
-// To nearest, ties to even; NaN stays NaN.
-RF_INLINE vf round_bf16(vf x) {
+// To nearest, ties to even, in the upper half; the lower half is left over. NaN stays NaN.
+RF_INLINE vu rounded_bf16(vf x) {
   const vu u = (vu)x;
+#if defined(RF_AVX512)
+  const __m512i odd = _mm512_set1_epi32(0x10000), half = _mm512_set1_epi32(0x8000), nan = _mm512_set1_epi32(0x7fc00000);
+  const __m512i below = _mm512_add_epi32((__m512i)u, _mm512_set1_epi32(0x7fff));
+  const __m512i r = _mm512_mask_add_epi32(below, _mm512_test_epi32_mask((__m512i)u, odd), (__m512i)u, half);
+  return (vu)_mm512_mask_mov_epi32(r, _mm512_cmp_ps_mask((__m512)x, (__m512)x, _CMP_UNORD_Q), nan);
+#else
   const vu rounded = u + 0x7fffu + ((u >> 16) & 1u);
-  return (vf)((x == x ? rounded : (u | 0x00400000u)) & 0xffff0000u);
+  return x == x ? rounded : vu{} + 0x7fc00000u;
+#endif
 }
 
-RF_INLINE void store_exact_bf16(void* p, vf x) {
-  const Native<float>::half h = __builtin_convertvector((vu)x >> 16, Native<float>::half);
+RF_INLINE vf round_bf16(vf x) { return (vf)(rounded_bf16(x) & 0xffff0000u); }
+
+RF_INLINE void store_upper_half(void* p, vu u) {
+#if defined(RF_AVX512)
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)u, 16)));
+#elif defined(RF_AVX2)
+  const __m256i h = _mm256_srli_epi32((__m256i)u, 16);
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(h, h), 0x08);
+  _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(packed));
+#else
+  const Native<float>::half h = __builtin_convertvector(u >> 16, Native<float>::half);
   memcpy(p, &h, sizeof h);
+#endif
 }
 
 // --- one register: float16 ---
@@ -107,13 +130,22 @@ RF_INLINE Block<A> round_to(const Block<A>& x) {
   return r;
 }
 
-// Stores a value that round_to returned (or a small integer, for bytes).
+// The largest number that round_to makes 0: half the smallest subnormal number, a tie to even. So round_to<T>(z) <= 0 is
+// z <= vanishing<T>, at the price of a comparison.
+template <class T>
+constexpr float vanishing = 0;
+template <>
+constexpr float vanishing<bf16> = 0x1p-134f;
+template <>
+constexpr float vanishing<f16> = 0x1p-25f;
+
+// Rounds to T and stores. (To bytes: small integers only.)
 template <class T, class A>
-RF_INLINE void store_exact(T* p, const Block<A>& x) {
+RF_INLINE void store(T* p, const Block<A>& x) {
   RF_UNROLL for (int k = 0; k < x.count; ++k) {
     T* q = p + k * x.lanes;
     if constexpr (__is_same(T, A)) memcpy(q, &x.v[k], sizeof x.v[k]);
-    else if constexpr (__is_same(T, bf16)) store_exact_bf16(q, x.v[k]);
+    else if constexpr (__is_same(T, bf16)) store_upper_half(q, rounded_bf16(x.v[k]));
     else if constexpr (__is_same(T, f16)) {
       const Native<float>::half h = narrow_f16(x.v[k]);
       memcpy(q, &h, sizeof h);
@@ -123,12 +155,6 @@ RF_INLINE void store_exact(T* p, const Block<A>& x) {
     } else
       RF_UNROLL for (int j = 0; j < x.lanes; ++j) q[j] = T(x.v[k][j]);
   }
-}
-
-template <class T, class A>
-RF_INLINE void store(T* p, const Block<A>& x) {
-  if constexpr (__is_same(T, bf16)) store_exact(p, round_to<T>(x));
-  else store_exact(p, x);
 }
 
 // --- a whole block, or its first n elements (the rest reads as zero and is not written) ---
@@ -148,19 +174,14 @@ RF_INLINE Block<A> load_as(const T* p, i64 n) {
 }
 
 template <class T, class A>
-RF_INLINE void store_exact(T* p, const Block<A>& x, Whole) {
-  store_exact(p, x);
+RF_INLINE void store(T* p, const Block<A>& x, Whole) {
+  store(p, x);
 }
 template <class T, class A>
-RF_INLINE void store_exact(T* p, const Block<A>& x, i64 n) {
+RF_INLINE void store(T* p, const Block<A>& x, i64 n) {
   T buffer[kBlock];
-  store_exact(buffer, x);
+  store(buffer, x);
   memcpy((void*)p, buffer, n * sizeof(T));
-}
-template <class T, class A, class N>
-RF_INLINE void store(T* p, const Block<A>& x, N n) {
-  if constexpr (__is_same(T, bf16)) store_exact(p, round_to<T>(x), n);
-  else store_exact(p, x, n);
 }
 
 // 16 mask bits from bit i on, which need not start a byte.

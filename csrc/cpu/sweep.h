@@ -59,8 +59,29 @@ RF_INLINE void sweep(const Geometry& g, const A* const (&vectors)[K], i64 begin,
   else sweep_contiguous(g, vectors, begin, end, body);
 }
 
+// The terms of a reduction, and the tensors (at most 2) that they read from memory.
+template <class F>
+struct Terms {
+  F f;
+  const char* streams[2];
+  i64 size;
+
+  template <class... X>
+  __attribute__((always_inline)) void operator()(X&&... x) const { f(x...); }
+  __attribute__((always_inline)) void fetch(i64 i) const {
+    for (const char* stream : streams)
+      if (stream != nullptr) __builtin_prefetch(stream + i * size, 0, 2);
+  }
+};
+
+template <class F, class T>
+RF_INLINE Terms<F> terms(const T* first, const T* second, F f) {
+  return {f, {(const char*)first, (const char*)second}, sizeof(T)};
+}
+
 // Adds body's two terms over a matrix [rows, width] of elements from `base` on into s1 and s2 [width]; vectors are
-// periodic. body(i, n, p, t1, t2) adds to t1 and t2. Four rows at a time shorten the chain of additions.
+// periodic. body(i, n, p, t1, t2) adds to t1 and t2; body.fetch(i) asks for element i's cache lines early. Four rows at a
+// time shorten the chain of additions, but hide the stream from the processor's own prefetcher.
 template <class A, int K, class Body>
 RF_INLINE void add_rows(
     i64 base, i64 rows, i64 width, const A* const (&vectors)[K], A* s1, A* s2, const Body& body) {
@@ -73,13 +94,16 @@ RF_INLINE void add_rows(
       const i64 i = base + r * width + j;
       if (j + kBlock <= width) {
         if (group == 4)
-          RF_UNROLL for (int q = 0; q < 4; ++q) body(i + q * width, Whole{}, p, t1, t2);
+          RF_UNROLL_ROWS for (int q = 0; q < 4; ++q) {
+            body.fetch(i + (q + 4) * width);
+            body(i + q * width, Whole{}, p, t1, t2);
+          }
         else
           for (i64 q = 0; q < group; ++q) body(i + q * width, Whole{}, p, t1, t2);
       } else
         for (i64 q = 0; q < group; ++q) body(i + q * width, width - j, p, t1, t2);
-      store_exact(s1 + j, load(s1 + j) + t1);
-      store_exact(s2 + j, load(s2 + j) + t2);
+      store(s1 + j, load(s1 + j) + t1);
+      store(s2 + j, load(s2 + j) + t2);
     }
   }
 }
@@ -118,7 +142,7 @@ RF_INLINE void add_channel(
     i64 j = 0;
     for (; j + 4 * kBlock <= run; j += 4 * kBlock) {
       Block<A> t1 = zero<A>(), t2 = zero<A>();
-      RF_UNROLL for (int q = 0; q < 4; ++q) body(base + j + q * kBlock, Whole{}, p, t1, t2);
+      RF_UNROLL_ROWS for (int q = 0; q < 4; ++q) body(base + j + q * kBlock, Whole{}, p, t1, t2);
       total1 = total1 + t1;
       total2 = total2 + t2;
     }
