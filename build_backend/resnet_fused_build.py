@@ -1,8 +1,8 @@
 """PEP 517 build backend: setuptools, and PyTorch from where it already is.
 
-pip's isolated build hides the environment's packages from ``import`` but runs on its interpreter, so the installed PyTorch
-is found as files (toolchain.find_torch) and only its headers and libraries are used. PyTorch becomes a build requirement only
-when there is none.
+pip's isolated build hides the environment's packages from ``import`` but runs on its interpreter, so the installed
+PyTorch is found as files (toolchain.find_torch); only its headers and libraries are used. It becomes a build
+requirement only when there is none.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the build finds on the machine: PyTorch, the C++ compiler, the CUDA toolkit, and what the environment asks for."""
+"""What the build finds on the machine (PyTorch, compiler, CUDA toolkit), and what the environment asks for."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def torch_at(root: Path) -> Torch | None:
 
 
 def find_torch() -> Torch | None:
-    """The PyTorch to build against, found without importing it: what ``import`` would find, else the environment's own."""
+    """The PyTorch to build against, without importing it: what ``import`` would find, else the environment's own."""
     candidates: list[Path] = []
     spec = importlib.util.find_spec("torch")
     if spec is not None and spec.origin:
@@ -156,11 +156,11 @@ def choose_cuda(environment: Mapping[str, str], toolkit: Toolkit | None, sources
                 "FORCE_CUDA=1, but no CUDA toolkit was found: put nvcc on PATH or name its folder in CUDA_HOME,"
                 " or unset FORCE_CUDA to build for the processor only"
             )
-        return False, "CUDA: no toolkit found (nvcc is not on PATH, CUDA_HOME is not set); building for the processor only"
+        return False, "CUDA: no toolkit found (no nvcc on PATH, no CUDA_HOME); building for the processor only"
     found = f"CUDA: toolkit {toolkit.version} found"
     if not sources:
         return False, f"{found}; this version has no CUDA sources, building for the processor only"
-    return True, f"{found}; compiling {len(sources)} files for {', '.join(a.split('code=')[1] for a in architectures)}"
+    return True, f"{found}; compiling {len(sources)} files for {', '.join(a.rpartition('=')[2] for a in architectures)}"
 
 
 def is_x86() -> bool:

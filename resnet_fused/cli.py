@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype", "--dtypes", dest="dtype", type=dtype, nargs="+", default=["fp32", "bf16"], metavar="DTYPE"
     )
     verify.add_argument("--mode", choices=("eval", "train"), nargs="+", default=["eval", "train"])
-    verify.add_argument("--batch", type=_positive, default=2)
+    verify.add_argument("--batch", type=_positive, default=4)
     verify.add_argument("--image-size", type=_image_size, default=64)
     verify.add_argument("--device", type=_device, default="cpu")
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections import OrderedDict
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from . import dispatch
 
 MAX_PACKED_SHAPES = 4
 
@@ -57,6 +56,24 @@ def is_foldable(conv: nn.Conv2d, bn: nn.Module, dtype: torch.dtype | None = None
     return bool((weight.isfinite() | ~conv.weight.isfinite()).all() and (bias is None or bias.isfinite().all()))
 
 
+@dataclass(eq=False)
+class Packed:
+    """A weight packed by oneDNN for inputs of one shape, and the shape of the output."""
+
+    shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+    weight: Tensor
+
+    def fits(self, residual: Tensor, dtype: torch.dtype) -> bool:
+        """Whether ``residual`` is like the output: only then may it be overwritten, or added without broadcasting."""
+        return (
+            type(residual) is Tensor
+            and residual.dtype is dtype
+            and residual.shape == self.output_shape
+            and residual.is_contiguous(memory_format=torch.channels_last)
+        )
+
+
 class FoldedConv2d(nn.Module):
     """``y = conv2d(x, weight, bias) [+ residual]``, then ``relu(y)`` where ``relu`` is set.
 
@@ -86,15 +103,16 @@ class FoldedConv2d(nn.Module):
         self.stride, self.dilation = conv.stride, conv.dilation
         self.padding: tuple[int, ...] = conv.padding  # type: ignore[assignment]
         self.groups, self.relu, self.reuse_residual = conv.groups, relu, False
+        self._geometry = (self.padding, self.stride, self.dilation, self.groups)
         self._forget_packed()
         self.eval()
 
     def _forget_packed(self) -> None:
-        self._packed: OrderedDict[tuple[int, ...], Tensor] = OrderedDict()
-        self._last: tuple[tuple[int, ...] | None, Tensor | None] = (None, None)
+        self._packed: OrderedDict[tuple[int, ...], Packed] = OrderedDict()
+        self._last: Packed | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packed": OrderedDict(), "_last": (None, None)}
+        return {**self.__dict__, "_packed": OrderedDict(), "_last": None}
 
     def _apply(self, fn: Any, recurse: bool = True) -> FoldedConv2d:
         self._forget_packed()
@@ -104,7 +122,7 @@ class FoldedConv2d(nn.Module):
         self._forget_packed()
         super()._load_from_state_dict(*args, **kwargs)
 
-    def _pack(self, shape: tuple[int, ...]) -> Tensor | None:
+    def _pack(self, shape: tuple[int, ...]) -> Packed | None:
         """The weight packed for inputs of ``shape``; None where oneDNN must not be asked."""
         packed = self._packed.get(shape)
         if packed is not None:
@@ -113,65 +131,59 @@ class FoldedConv2d(nn.Module):
             if not self._is_valid(shape):
                 return None
             pack: Any = torch._C._nn.mkldnn_reorder_conv2d_weight  # its stub lacks the shape
-            packed = pack(self.weight.to_mkldnn(), self.padding, self.stride, self.dilation, self.groups, list(shape))
-            self._packed[shape] = packed
+            weight = pack(self.weight.to_mkldnn(), *self._geometry, list(shape))
+            packed = self._packed[shape] = Packed(shape, self._output_shape(shape), weight)
             if len(self._packed) > MAX_PACKED_SHAPES:
                 self._packed.popitem(last=False)
-        self._last = (shape, packed)
+        self._last = packed
         return packed
+
+    def _output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        geometry = zip(shape[2:], self.weight.shape[2:], self.stride, self.padding, self.dilation, strict=True)
+        sizes = ((size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in geometry)
+        return (shape[0], self.weight.shape[0], *sizes)
 
     def _is_valid(self, shape: tuple[int, ...]) -> bool:
         """Whether stock PyTorch would accept an input of ``shape`` and give a non-empty result."""
-        if shape[1] != self.weight.shape[1] * self.groups or 0 in shape:
-            return False
-        geometry = zip(shape[2:], self.weight.shape[2:], self.padding, self.dilation, strict=True)
-        return all(size + 2 * pad >= dilation * (kernel - 1) + 1 for size, kernel, pad, dilation in geometry)
+        fits = shape[1] == self.weight.shape[1] * self.groups and 0 not in shape
+        return fits and all(size > 0 for size in self._output_shape(shape))
 
-    def _packed_for(self, x: Tensor) -> Tensor | None:
+    def _packed_for(self, x: Tensor, weight: Tensor) -> Packed | None:
         """The packed weight when x can take the fast path, else None."""
+        dtype = weight.dtype
         if (
-            x.dtype not in _FAST_DTYPES
-            or x.dtype != self.weight.dtype
-            or type(x) is not Tensor
+            type(x) is not Tensor
+            or x.dtype is not dtype
+            or dtype not in _FAST_DTYPES
             or x.device.type != "cpu"
             or x.dim() != 4
             or torch.compiler.is_compiling()
-            or dispatch.transforms_active(x)
-            or not _is_onednn_usable(x.dtype)
+            or torch._C._get_tracing_state() is not None
+            or torch._C._functorch.peek_interpreter_stack() is not None
+            or not torch._C._get_mkldnn_enabled()
+            or not _has_onednn(dtype)
         ):
             return None
-        shape = tuple(x.shape)
-        last_shape, packed = self._last
-        return packed if last_shape == shape else self._pack(shape)
+        last = self._last
+        return last if last is not None and last.shape == x.shape else self._pack(tuple(x.shape))
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        packed = self._packed_for(x)
+        weight, bias = self._buffers["weight"], self._buffers["bias"]
+        packed = self._packed_for(x, weight)  # type: ignore[arg-type]
         if packed is None:
-            y = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+            y = F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)  # type: ignore[arg-type]
             y = y if residual is None else y + residual
             return torch.relu(y) if self.relu else y
 
         x = x.contiguous(memory_format=torch.channels_last)
-        ops, geometry = torch.ops.mkldnn, (self.padding, self.stride, self.dilation, self.groups)
-        if residual is not None and self.reuse_residual and self._fits(x, residual):
-            y = ops._convolution_pointwise_.binary(
-                residual, x, packed, self.bias, *geometry, "add", 1.0, None, [], None
-            )
+        if residual is not None and self.reuse_residual and packed.fits(residual, x.dtype):
+            in_place = torch.ops.mkldnn._convolution_pointwise_.binary
+            y = in_place(residual, x, packed.weight, bias, *self._geometry, "add", 1.0, None, [], None)
         else:
-            y = ops._convolution_pointwise.default(x, packed, self.bias, *geometry, "none", [], "")
+            y = torch.ops.mkldnn._convolution_pointwise.default(x, packed.weight, bias, *self._geometry, "none", [], "")
             if residual is not None:
-                y = y.add_(residual) if self._fits(x, residual) else y + residual
+                y = y.add_(residual) if packed.fits(residual, x.dtype) else y + residual
         return torch.relu_(y) if self.relu else y
-
-    def _fits(self, x: Tensor, residual: Tensor) -> bool:
-        """Whether ``residual`` has the dtype, shape and layout of the output for x."""
-        if type(residual) is not Tensor or residual.dtype != x.dtype or residual.dim() != 4:
-            return False
-        geometry = zip(x.shape[2:], self.weight.shape[2:], self.stride, self.padding, self.dilation, strict=True)
-        sizes = [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in geometry]
-        return list(residual.shape) == [x.shape[0], self.weight.shape[0], *sizes] and residual.is_contiguous(
-            memory_format=torch.channels_last
-        )
 
     def extra_repr(self) -> str:
         out, width, *kernel = self.weight.shape
@@ -185,7 +197,3 @@ def _has_onednn(dtype: torch.dtype) -> bool:
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
         return False
     return dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-def _is_onednn_usable(dtype: torch.dtype) -> bool:
-    return _has_onednn(dtype) and torch._C._get_mkldnn_enabled()

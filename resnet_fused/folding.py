@@ -173,8 +173,13 @@ class Folder:
 
         user = self._sole_user(conv)
         relu = self._norm(self.modules.get(user)) if user is not None else None
-        foldable = relu is not None and user is not None and user.args[0] is conv and not user.kwargs
-        if foldable and is_foldable(self.modules[conv], self.modules[user], self.dtype):  # type: ignore[arg-type,index]
+        if (
+            user is not None
+            and relu is not None
+            and user.args[0] is conv
+            and not user.kwargs
+            and is_foldable(self.modules[conv], self.modules[user], self.dtype)  # type: ignore[arg-type]
+        ):
             residual = user.args[1] if len(user.args) == 2 else None
             if not extend(user, bn=self.modules[user], relu=relu, residual=residual):
                 return unit

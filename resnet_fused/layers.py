@@ -79,7 +79,7 @@ def _update_statistics(bn: nn.BatchNorm2d, conv: nn.Conv2d | None, mean: Tensor,
         if bn.num_batches_tracked is not None:
             bn.num_batches_tracked.add_(1)
             if momentum is None:
-                momentum = bn.num_batches_tracked.reciprocal()
+                momentum = bn.num_batches_tracked.double().reciprocal()
         if momentum is None:
             momentum = 0.0
         update_running(bn.running_mean, mean, momentum)

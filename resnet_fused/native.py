@@ -1,7 +1,7 @@
 """The compiled library: loading it, saying what became of it, and shapes of its operators for tracing.
 
-``_cpu.so`` holds the operators of namespace ``resnet_fused`` (csrc/ops.cpp) and their processor kernels; ``_C`` tells how it
-was built. Both are optional: without them the ``aten`` backend runs, and ``status`` says why.
+``_cpu.so`` holds the operators of namespace ``resnet_fused`` (csrc/ops.cpp) and their processor kernels; ``_C`` tells
+how it was built. Both are optional: without them the ``aten`` backend runs, and ``status`` says why.
 """
 
 from __future__ import annotations

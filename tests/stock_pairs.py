@@ -14,7 +14,9 @@ tv = import_torchvision().models.resnet
 SHORT = (1, 1, 1, 1)  # one block a stage: identity and projection shortcuts, the stem with its pooling
 
 
-def networks(layers: tuple[int, ...] = SHORT, dtype: torch.dtype = torch.float64, **kwargs) -> tuple[nn.Module, nn.Module]:
+def networks(
+    layers: tuple[int, ...] = SHORT, dtype: torch.dtype = torch.float64, **kwargs
+) -> tuple[nn.Module, nn.Module]:
     """``(ours, stock)`` in training mode; ``layers=(2, 2, 2, 2)`` is resnet18."""
     torch.manual_seed(0)
     ours = resnet_fused.ResNet(resnet_fused.BasicBlock, layers, num_classes=10, **kwargs)
@@ -24,7 +26,9 @@ def networks(layers: tuple[int, ...] = SHORT, dtype: torch.dtype = torch.float64
     return ours.to(dtype), stock.to(dtype)
 
 
-def projection(inplanes: int, outplanes: int, stride: int, norm: Callable[..., nn.Module] = nn.BatchNorm2d) -> nn.Module:
+def projection(
+    inplanes: int, outplanes: int, stride: int, norm: Callable[..., nn.Module] = nn.BatchNorm2d
+) -> nn.Module:
     return nn.Sequential(nn.Conv2d(inplanes, outplanes, 1, stride, bias=False), norm(outplanes))
 
 
@@ -37,7 +41,7 @@ def blocks(norm: Callable[..., nn.Module] = nn.BatchNorm2d, project: bool = True
         made.append(block(4, 6 if project else 4, 2 if project else 1, downsample=shortcut, norm_layer=norm).double())
     ours, stock = made
     for module in stock.modules():
-        if getattr(module, "affine", False) and module.running_mean is not None:
+        if isinstance(module, nn.BatchNorm2d) and module.affine and module.track_running_stats:
             randomise_norms(module)
     ours.load_state_dict(stock.state_dict())
     return ours, stock
@@ -65,7 +69,8 @@ def assert_same(ours: dict[str, Tensor], stock: dict[str, Tensor]) -> None:
     assert ours.keys() == stock.keys()
     for name, expected in stock.items():
         size = expected.abs().max().item() if expected.is_floating_point() and expected.numel() else 1.0
-        torch.testing.assert_close(ours[name], expected, rtol=1e-8, atol=1e-10 * max(size, 1e-3), msg=lambda m, n=name: f"{n}: {m}")
+        atol = 1e-10 * max(size, 1e-3)
+        torch.testing.assert_close(ours[name], expected, rtol=1e-8, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def assert_same_step(ours: nn.Module, stock: nn.Module, x: Tensor) -> None:

@@ -54,7 +54,7 @@ class Functional(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b, self.c = (nn.Conv2d(8, 8, 3, padding=1) for _ in range(3))
-        self.na, self.nb = nn.BatchNorm2d(8), nn.BatchNorm2d(8, affine=False)
+        self.na, self.nb = nn.BatchNorm2d(8), nn.BatchNorm2d(8)
 
     def forward(self, x: Tensor, scale: float | None = None) -> Tensor:
         y = F.relu(self.na(self.a(x)), inplace=True)
@@ -186,6 +186,20 @@ def test_fused_model_and_own_layers():
     )
     optimised = check(prepared(layers), torch.randn(1, 3, 8, 8))
     assert [c.relu for c in convolutions(optimised)] == [True, True]
+
+
+@pytest.mark.parametrize("options", [{"affine": False}, {"track_running_stats": False}], ids=str)
+def test_batch_norms_without_parameters_or_statistics(options):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, **options), nn.ReLU()).eval()
+    optimised = check(model, torch.randn(2, 3, 8, 8))
+    folds = "track_running_stats" not in options
+    assert any(isinstance(m, nn.BatchNorm2d) for m in optimised.modules()) != folds
+
+
+def test_infinite_statistics_are_not_folded():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).eval()
+    model[1].running_mean[3] = float("inf")
+    assert any(isinstance(m, nn.BatchNorm2d) for m in optimize_for_inference(model).modules())
 
 
 def test_frozen_batch_norm():

@@ -30,21 +30,24 @@ bool dense(const Tensor& t, bool channels_last) {
 
 constexpr i64 kTileBytes = 128 * 1024;  // stays in a core's second-level cache for bn_stats' second pass
 constexpr i64 kTileElements = 32 * 1024;
+constexpr i64 kChannelElements = 8 * 1024;  // contiguous: one lane of the sums then adds 512 numbers, in groups of 4
+constexpr i64 kNarrow = 64;                 // channels_last: a tile then has at most 512 rows
 
 i64 gcd(i64 a, i64 b) { return b == 0 ? a : gcd(b, a % b); }
 
 void cut(Geometry& g, i64 element_size) {
   const i64 fit = std::min(kTileBytes / element_size, kTileElements);
   if (g.channels_last) {
-    // A row of 16 pixels at most: from 128 channels on, the vectors are full enough without.
+    // Several pixels to a row: narrow rows are lengthened, and up to 128 channels a row is a multiple of a block.
     g.repeat = g.c < 128 ? kBlock / gcd(g.c, kBlock) : 1;
+    while (g.repeat * g.c < kNarrow) g.repeat *= 2;
     g.width = g.repeat * g.c;
     const i64 wanted = std::max<i64>(fit / g.c, 32);
     g.tile_rows = (wanted + 4 * g.repeat - 1) / (4 * g.repeat) * 4 * g.repeat;
   } else {
     g.repeat = 1;
     g.width = g.c;
-    g.tile_rows = fit;
+    g.tile_rows = std::min(fit, kChannelElements);
   }
   g.parts = (g.rows + g.tile_rows - 1) / g.tile_rows;
   g.tiles = g.channels_last ? g.parts : g.parts * g.c;

@@ -67,7 +67,8 @@ class AtenKernels(Kernels):
         return self._conv_backward(dy, x, weight, conv, [True, False, False])[0]
 
     def wgrad(self, dy: Tensor, x: Tensor, weight: Tensor, conv: Conv) -> Tensor:
-        return self._conv_backward(dy, x, weight, conv, [False, True, False])[1]
+        like = weight if weight.dtype == dy.dtype else torch.empty_like(weight, dtype=dy.dtype)
+        return self._conv_backward(dy, x, like, conv, [False, True, False])[1]
 
     def bn_stats(self, x: Tensor) -> tuple[Tensor, Tensor]:
         var, mean = torch.var_mean(x.to(acc_dtype(x.dtype)), (0, 2, 3), unbiased=False)
@@ -187,5 +188,7 @@ def _no_mask(x: Tensor) -> Tensor:
 def _affine_in_centred(dz: Tensor, x: Tensor, mean: Tensor, coefficients: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     """``a·dz + b·(x − mean) + c`` in the dtype and layout of x."""
     a, b, c = map(channel, coefficients)
-    dx = torch.addcmul(c, dz, a).addcmul_(x.to(dz.dtype) - channel(mean), b)
+    # Frozen statistics have b = 0 and a gradient that does not depend on x: 0·NaN must not enter.
+    centred = torch.where(b == 0, 0.0, x.to(dz.dtype) - channel(mean))
+    dx = torch.addcmul(c, dz, a).addcmul_(centred, b)
     return dx.to(x.dtype).contiguous(memory_format=layout_of(x))

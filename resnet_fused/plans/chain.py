@@ -187,8 +187,8 @@ class _Backward:
         a, b, c, dweight = backward_coefficients(sum_dz, sum_dz_centred, norm.rstd, norm.scale, count, unit.training)
         found = [dweight.to(unit.bn_weight.dtype), sum_dz.to(unit.bn_bias.dtype)]
         if unit.conv_bias is not None:
-            # A bias in front of batch statistics cancels: its gradient is exactly zero.
-            bias_grad = torch.zeros_like(sum_dz) if unit.training else norm.scale * sum_dz
+            # A bias in front of batch statistics cancels: its gradient is exactly zero (or NaN).
+            bias_grad = (b + c) * 0 if unit.training else norm.scale * sum_dz
             found.insert(0, bias_grad.to(unit.conv_bias.dtype))
         first = self.offsets[i] + (unit.weight is not None)
         self.gradients[first : first + len(found)] = found
@@ -215,7 +215,7 @@ class _Backward:
     def wgrad(self, i: int, dy: Tensor, a: Tensor) -> None:
         unit = self.chain.units[i]
         assert unit.conv is not None and unit.weight is not None
-        self.gradients[self.offsets[i]] = self.k.wgrad(dy, a, _weight(unit, a), unit.conv).to(unit.weight.dtype)
+        self.gradients[self.offsets[i]] = self.k.wgrad(dy, a, unit.weight, unit.conv).to(unit.weight.dtype)
 
     def dgrad(self, i: int, dy: Tensor, like: Tensor) -> Tensor:
         unit = self.chain.units[i]
