@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from . import dispatch
 from .layers import ConvNormAct, run_units
 
 
@@ -21,9 +22,9 @@ def _residual(x: Tensor, units: tuple[ConvNormAct, ...], downsample: nn.Module |
     """``relu(units(x) + shortcut(x))``; the shortcut joins the fused unit where it is the identity or (conv, bn)."""
     if downsample is None:
         return run_units(x, units, residual=x, act=relu)
-    hooks = downsample._forward_hooks or downsample._forward_pre_hooks or downsample._backward_hooks
-    if type(downsample) is nn.Sequential and len(downsample) == 2 and not hooks:
-        return run_units(x, units, projection=(downsample[0], downsample[1]), act=relu)
+    is_plain = dispatch.is_plain(downsample, nn.Sequential) and not dispatch.any_global_hooks()
+    if is_plain and len(downsample) == 2:  # type: ignore[arg-type]
+        return run_units(x, units, projection=(downsample[0], downsample[1]), act=relu)  # type: ignore[index]
     return run_units(x, units, residual=downsample(x), act=relu)
 
 

@@ -17,8 +17,9 @@ class ResNet(nn.Module):
     """A residual network of fused blocks.
 
     Arguments, attributes, initialisation and state_dict are those of torchvision's ResNet, so that seeds, checkpoints and
-    code that reaches into the model keep working. Filters are kept in channels_last, the layout of the fast path; the input
-    may have any layout.
+    code that reaches into the model keep working. The input may have any layout. Filters lie in memory as torchvision's do,
+    which safetensors and unstructured pruning require; the operators read them in channels_last, and
+    ``.to(memory_format=torch.channels_last)`` spares them the conversion, as it does for stock PyTorch.
 
     Args:
         block: BasicBlock or Bottleneck.
@@ -69,7 +70,6 @@ class ResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-                module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
             elif isinstance(module, (nn.BatchNorm2d, nn.GroupNorm)):
                 nn.init.constant_(module.weight, 1)
                 nn.init.constant_(module.bias, 0)

@@ -17,7 +17,6 @@ from resnet_fused.testing import assert_as_accurate, import_torchvision
 tv = import_torchvision().models.resnet
 
 
-
 class StockConvBNReLU(nn.Module):
     """What ConvBNReLU replaces."""
 
@@ -119,7 +118,7 @@ class Case:
         made = []
         for i, shape in enumerate(self.shapes):
             x = torch.randn(shape) * 0.25
-            if i or len(self.shapes) == 2 and self.ours is resnet_fused.AddReLU:
+            if i or (len(self.shapes) == 2 and self.ours is resnet_fused.AddReLU):
                 x = x.clamp(-0.7, 0.7)
                 x += torch.where(torch.arange(shape[1]) % 4 == 1, -1.5, 1.5).view(1, -1, 1, 1)
             made.append(x.to(dtype).contiguous(memory_format=memory_format).requires_grad_())
@@ -150,7 +149,9 @@ CASES = {
     "conv-grouped-dilated": _conv(12, 24, 3, padding=2, dilation=2, groups=4, shape=(2, 12, 9, 9)),
     "conv-depthwise": _conv(17, 17, 3, padding=1, groups=17, shape=(2, 17, 9, 9)),
     "conv-residual": _conv(3, 17, 3, 2, 1, shape=(3, 3, 9, 11), residual=(3, 17, 5, 6)),
-    "conv-bias": Case(lambda: BiasedConvBNReLU(3, 17, 3, bias=True), lambda: StockConvBNReLU(3, 17, 3, bias=True), ((3, 3, 9, 11),)),
+    "conv-bias": Case(
+        lambda: BiasedConvBNReLU(3, 17, 3, bias=True), lambda: StockConvBNReLU(3, 17, 3, bias=True), ((3, 3, 9, 11),)
+    ),
     "bn": Case(lambda: resnet_fused.BNReLU2d(35), lambda: StockBNReLU(35), ((3, 35, 7, 9),)),
     "bn-3-channels": Case(lambda: resnet_fused.BNReLU2d(3), lambda: StockBNReLU(3), ((3, 3, 17, 19),)),
     "bn-add": Case(lambda: resnet_fused.BNAddReLU2d(17), lambda: StockBNReLU(17), ((3, 17, 7, 9),) * 2),
@@ -161,7 +162,9 @@ CASES = {
     "basic-projection": _same("BasicBlock", 8, 35, 2, downsample=lambda: _shortcut(8, 35, 2), shape=(3, 8, 9, 11)),
     "basic-other-shortcut": _same("BasicBlock", 8, 16, 2, downsample=_pooled_shortcut, shape=(3, 8, 9, 11)),
     "bottleneck": _same("Bottleneck", 12, 3, shape=(3, 12, 7, 9)),
-    "bottleneck-projection": _same("Bottleneck", 35, 5, 2, downsample=lambda: _shortcut(35, 20, 2), shape=(3, 35, 9, 11)),
+    "bottleneck-projection": _same(
+        "Bottleneck", 35, 5, 2, downsample=lambda: _shortcut(35, 20, 2), shape=(3, 35, 9, 11)
+    ),
     "bottleneck-grouped": _same("Bottleneck", 32, 8, groups=4, shape=(3, 32, 7, 9)),
     "bottleneck-dilated": _same("Bottleneck", 12, 3, dilation=2, shape=(3, 12, 7, 9)),
 }

@@ -24,7 +24,7 @@ every_format = pytest.mark.parametrize("memory_format", FORMATS, ids=["nchw", "n
 
 
 def set_mode(module: nn.Module, mode: str) -> None:
-    """"mixed" freezes every other norm of a training module."""
+    """ "mixed" freezes every other norm of a training module."""
     module.train(mode != "eval")
     if mode == "mixed":
         for norm in norms(module)[::2]:
@@ -32,7 +32,7 @@ def set_mode(module: nn.Module, mode: str) -> None:
 
 
 def modes(name: str) -> list[str]:
-    """"mixed" says something new only where there are several norms."""
+    """ "mixed" says something new only where there are several norms."""
     return ["train", "eval", "mixed"] if len(norms(CASES[name].stock())) > 1 else ["train", "eval"]
 
 
@@ -173,7 +173,10 @@ def _conv_bn_identity_relu(training: bool):
 def _bn_relu(training: bool):
     weight, bias, mean, var = _vectors(5)
     running = _running(mean, var, training)
-    return (lambda x, g, b: functional.bn_relu(x, g, b, *running, training=training), (_noise(2, 5, 3, 5), weight, bias))
+    return (
+        lambda x, g, b: functional.bn_relu(x, g, b, *running, training=training),
+        (_noise(2, 5, 3, 5), weight, bias),
+    )
 
 
 @_function
@@ -392,7 +395,9 @@ def test_backends_agree(name: str, dtype: torch.dtype) -> None:
     tolerance = 40 * torch.finfo(dtype).eps
     for key, value in results[0].items():
         other = results[1][key]
-        peers = [t for k, t in results[0].items() if t.dim() == value.dim() and k.endswith("grad") == key.endswith("grad")]
+        peers = [
+            t for k, t in results[0].items() if t.dim() == value.dim() and k.endswith("grad") == key.endswith("grad")
+        ]
         scale = max(t.double().abs().max().item() for t in peers)
         assert (value.double() - other.double()).abs().max().item() <= tolerance * scale, key
 

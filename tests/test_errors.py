@@ -54,7 +54,11 @@ BAD_CALLS = {
     "running_mean: None in eval": (_bn(vectors=_with(V4, 2, None)), ValueError, r"running_mean: .*None"),
     "running_var: None in eval": (_conv(vectors=_with(V6, 3, None)), ValueError, r"running_var: .*None"),
     "running_var: shape": (_bn(vectors=_with(V4, 3, torch.ones(5))), ValueError, r"running_var: expected shape"),
-    "running_var: device": (_bn(vectors=_with(V4, 3, torch.ones(4, device="meta"))), ValueError, r"running_var: .*device"),
+    "running_var: device": (
+        _bn(vectors=_with(V4, 3, torch.ones(4, device="meta"))),
+        ValueError,
+        r"running_var: .*device",
+    ),
     "eps: negative": (_bn(eps=-1.0), ValueError, r"eps: .*>= 0.*-1"),
     "eps: NaN": (_conv(eps=float("nan")), ValueError, r"eps: .*nan"),
     "stride: zero": (_conv(stride=0), ValueError, r"stride: .*>= 1.*0"),
@@ -257,7 +261,9 @@ def test_the_backend_is_restored() -> None:
     assert choose(X.device) == before
 
 
-@pytest.mark.parametrize("value, expected", [("tpu", "expected one of auto"), ("triton", "is not available"), ("aten", "")])
+@pytest.mark.parametrize(
+    "value, expected", [("tpu", "expected one of auto"), ("triton", "is not available"), ("aten", "")]
+)
 def test_environment_variable(value: str, expected: str) -> None:
     if value == "triton" and value in resnet_fused.available_backends():
         pytest.skip("triton is available here")

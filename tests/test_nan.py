@@ -53,7 +53,7 @@ def assert_same_pattern(ours: dict[str, Tensor], stock: dict[str, Tensor], infin
 def without_infinities(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Infinities as NaN: all that an infinite weight of a training norm leaves to compare.
 
-    The gradient is formed as ``a·dz + b·(x − mean) + c`` with the weight in a, b and c: inf − inf is NaN where stock, which
+    The gradient is formed as ``a·dz + b·(x − mean) + c``, the weight in a, b and c: inf − inf is NaN where stock, which
     multiplies by the weight last, has an infinity.
     """
     return {name: torch.where(t.isinf(), math.nan, t) for name, t in tensors.items()}
@@ -162,7 +162,16 @@ def plant_in(module: nn.Module, where: str, value: float) -> bool:
     return True
 
 
-PLACES = ["input", "residual", "gradient", "conv weight", "norm weight", "norm bias", "running mean", "running variance"]
+PLACES = [
+    "input",
+    "residual",
+    "gradient",
+    "conv weight",
+    "norm weight",
+    "norm bias",
+    "running mean",
+    "running variance",
+]
 
 
 def compare_module(ours: nn.Module, stock: nn.Module, inputs: list[Tensor], where: str, value: float) -> None:

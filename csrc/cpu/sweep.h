@@ -59,6 +59,8 @@ RF_INLINE void sweep(const Geometry& g, const A* const (&vectors)[K], i64 begin,
   else sweep_contiguous(g, vectors, begin, end, body);
 }
 
+constexpr i64 kAheadBytes = 12 * 1024;  // how far before its use a row is asked for
+
 // The terms of a reduction, and the tensors (at most 2) that they read from memory.
 template <class F>
 struct Terms {
@@ -85,6 +87,7 @@ RF_INLINE Terms<F> terms(const T* first, const T* second, F f) {
 template <class A, int K, class Body>
 RF_INLINE void add_rows(
     i64 base, i64 rows, i64 width, const A* const (&vectors)[K], A* s1, A* s2, const Body& body) {
+  const i64 ahead = (kAheadBytes / (width * body.size) + 4) * width;
   for (i64 r = 0; r < rows; r += 4) {
     const i64 group = rows - r < 4 ? rows - r : 4;
     for (i64 j = 0; j < width; j += kBlock) {
@@ -95,7 +98,7 @@ RF_INLINE void add_rows(
       if (j + kBlock <= width) {
         if (group == 4)
           RF_UNROLL_ROWS for (int q = 0; q < 4; ++q) {
-            body.fetch(i + (q + 4) * width);
+            body.fetch(i + q * width + ahead);
             body(i + q * width, Whole{}, p, t1, t2);
           }
         else

@@ -172,20 +172,7 @@ def _swap(module: nn.Module) -> Rewritten:
         raise
     except Exception as error:
         raise LeftAlone(f"its class cannot be replaced: {type(error).__name__}: {error}") from error
-    for path in found.modules:
-        _keep_channels_last(module.get_submodule(path))
     return found
-
-
-def _keep_channels_last(module: nn.Module) -> None:
-    """Put a convolution's weight in channels_last in place; the Parameter stays the same object."""
-    if type(module) is not nn.Conv2d or module.weight.is_contiguous(memory_format=torch.channels_last):
-        return
-    weight = module.weight.data
-    whole = weight.is_meta or weight.untyped_storage().nbytes() == weight.numel() * weight.element_size()
-    # Memory that others share (flattened parameters, shared memory) must stay where it is.
-    if whole and not weight.is_shared():
-        module.weight.data = weight.contiguous(memory_format=torch.channels_last)
 
 
 def _is_own(module: nn.Module) -> bool:
@@ -255,8 +242,6 @@ class _Conversion:
         if not runs:
             return
         module.__class__ = FusedSequential
-        for child in children:
-            _keep_channels_last(child)
         for kind, start, end in runs:
             if id(children[start]) not in self.covered:
                 names = " → ".join(list(module._modules)[start:end])
@@ -270,7 +255,7 @@ def fuse(model: Model) -> Model:
     are found by data flow (an fx trace of each module's forward; neighbours in a Sequential), never by names. Parameters,
     buffers, state_dict keys, hooks, attributes and isinstance are untouched: a module changes its class to a subclass of it.
     Whenever a module is not what it was when it was traced (an attribute that its forward reads, hooks on a Sequential, other
-    arguments, fx or jit tracing), its original forward runs. Convolution weights become channels_last.
+    arguments, fx or jit tracing), its original forward runs.
 
     Args:
         model (nn.Module): changed in place.

@@ -60,9 +60,9 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def _weight(unit: Unit, x: Tensor) -> Tensor:
-    """The filter in the dtype of the activations (autocast hands over float32 parameters)."""
+    """The filter in the dtype of the activations (autocast hands over float32 parameters) and in channels_last."""
     assert unit.weight is not None
-    return unit.weight.to(x.dtype)
+    return unit.weight.to(x.dtype, memory_format=torch.channels_last)
 
 
 def _convolve(k: Kernels, x: Tensor, unit: Unit) -> Tensor:
