@@ -7,6 +7,7 @@ VENV ?= .venv
 # processor build on the indexes that carry one; TORCH_INDEX_URL names such an index where pip's own settings do not.
 TORCH_VERSION ?= 2.13.0
 TORCHVISION_VERSION ?= 0.28.0
+RUFF_VERSION ?= 0.17.6
 TORCH_INDEX_URL ?=
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 TORCH_SPEC ?= $(if $(HAS_GPU),torch,torch==$(TORCH_VERSION))
@@ -39,13 +40,11 @@ $(VENV)/.torch: $(VENV)/.environment
 $(VENV)/.packages: $(VENV)/.torch
 	@echo "installing what tests and benchmarks need"
 	@$(PIP) 'numpy<2.4' setuptools wheel ninja pybind11 pillow rich safetensors scikit-image scikit-learn matplotlib \
-	  pytest pytest-xdist expecttest onnx onnxscript pyyaml huggingface_hub 'ruff==$(RUFF_VERSION)' mypy
+	  pytest pytest-xdist expecttest hypothesis onnx onnxscript pyyaml huggingface_hub 'ruff==$(RUFF_VERSION)' mypy
 	@$(BIN)/python -c 'import importlib.metadata as m; m.version("torchvision")' 2>/dev/null || \
 	  $(PIP) --no-deps 'torchvision==$(TORCHVISION_VERSION)'
 	@$(PIP) --no-deps timm
 	@touch $@
-
-RUFF_VERSION ?= 0.17.6
 
 $(VENV)/.built: $(VENV)/.packages $(NATIVE_SOURCES)
 	@echo "building resnet_fused"
@@ -53,7 +52,7 @@ $(VENV)/.built: $(VENV)/.packages $(NATIVE_SOURCES)
 	@touch $@
 
 test: setup  ## the default test suite
-	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -n auto $(PYTEST_ARGS)
 
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -121,7 +121,7 @@ def _rows(pair: Pair, shape: tuple[int, ...], dtype: str, repeats: int) -> list[
         return []
     nothing = torch.empty(0)
     samples: dict[str, list[float]] = {name: [] for name in calls}
-    for name, call in calls.items():
+    for call in calls.values():
         bench.timed_ms(lambda _, call=call: call(), nothing, 3)
     for _ in range(repeats):
         for name, call in calls.items():

@@ -1,4 +1,4 @@
-"""``resnet-fused bench``: stock PyTorch, this package and torch.compile on the same images, in turns, answers checked first."""
+"""``resnet-fused bench``: stock PyTorch, this package and torch.compile in turns on the same images, answers checked."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def timed_ms(call: Callable[[Tensor], object], batch: Tensor, loops: int) -> flo
 
 
 def operations(setting: Setting) -> int:
-    """Floating-point operations of one step of the stock network, convolutions and products only, counted without running."""
+    """Floating-point operations of one step of the stock network (convolutions, products), counted without running it."""
     with torch.device("meta"):
         network = networks.stock_model(setting.model).train(setting.mode == "train")
         x = torch.empty(setting.batch, 3, setting.image_size, setting.image_size)

@@ -48,7 +48,7 @@ def decode(path: str | Path) -> Tensor:
 
 
 def _resized(image: Tensor, short_side: int) -> Tensor:
-    """``uint8 [3, H, W]`` with its shorter side resized: bilinear, antialiased, rounded back to uint8, as torchvision does."""
+    """``uint8 [3, H, W]`` with its shorter side resized: bilinear, antialiased, rounded to whole steps, as torchvision."""
     height, width = image.shape[-2:]
     if height <= width:
         size = (short_side, int(short_side * width / height))
@@ -59,7 +59,7 @@ def _resized(image: Tensor, short_side: int) -> Tensor:
 
 
 def preprocess(image: Tensor, size: int = 224, position: tuple[float, float] = (0.5, 0.5)) -> Tensor:
-    """torchvision's evaluation preset: shorter side to ``size·256/224``, crop of ``size``, normalise with ImageNet's figures.
+    """torchvision's evaluation preset: shorter side to ``size·256/224``, crop of ``size``, ImageNet's normalisation.
 
     Args:
         image (uint8 Tensor[3, H, W]).

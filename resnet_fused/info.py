@@ -29,7 +29,7 @@ INTERESTING_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512_bf16", "avx512_fp
 
 
 def commit() -> str:
-    """Short hash of the checkout that the package runs from, "-dirty" when changed; "" when installed from elsewhere."""
+    """Short hash of the checkout that the package runs from, "-dirty" when changed; "" when it runs from none."""
     here = Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str | None:
@@ -103,7 +103,7 @@ def collect() -> dict[str, Any]:
             "instruction sets": [flag for flag in INTERESTING_FLAGS if flag in flags],
             "torch uses": torch.backends.cpu.get_cpu_capability(),
         },
-        "library": {"status": native.status(), **{key: value for key, value in native.build_info().items()}},
+        "library": {"status": native.status(), **native.build_info()},
         "environment": {
             name: {"default": default, "value": os.environ.get(name), "meaning": meaning}
             for name, default, meaning in ENVIRONMENT

@@ -1,4 +1,4 @@
-"""The networks that ``verify`` and ``bench`` compare: stock ones, their float64 selves, this package's with the same values."""
+"""The networks that ``verify`` and ``bench`` compare: stock, stock in float64, this package's, all with the same values."""
 
 from __future__ import annotations
 
@@ -80,9 +80,9 @@ def _last_norms(model: nn.Module) -> list[nn.BatchNorm2d]:
 def calibrate(model: nn.Module, x: Tensor, seed: int = 0) -> None:
     """Give an untrained network the statistics of a trained one: varied affine parameters, running statistics of ``x``.
 
-    With its initial running statistics a deep untrained network doubles the variance in every block, until the answers say
-    nothing about rounding and fp16 overflows. Branches are scaled down as in a trained network; at full scale every block
-    multiplies a rounding error.
+    With its initial running statistics a deep untrained network doubles the variance in every block, until the answers
+    say nothing about rounding and fp16 overflows. Branches are scaled down as in a trained network; at full scale every
+    block multiplies a rounding error.
     """
     generator = torch.Generator().manual_seed(seed)
     for norm in _norms(model):
@@ -107,7 +107,7 @@ def hold_clear_of_kinks(model: nn.Module, seed: int = 0) -> None:
 
     A pre-activation within one rounding of zero flips its ReLU, and one flip among 10⁴ elements is worth 1 % of a gradient:
     that is no error of either side, yet it hides all others. Deviation 0.25 around ±1.5 keeps six deviations of distance.
-    A channel of the residual stream has one sign throughout its stage: what is added to an open channel keeps it open.
+    A channel of the residual stream has one sign in its whole stage: what is added to an open channel keeps it open.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -153,7 +153,8 @@ def training_step(model: nn.Module, x: Tensor, target: Tensor, dtype: torch.dtyp
 def relative_error(value: Tensor, gold: Tensor, scale: float = 0.0) -> float:
     """``‖value − gold‖ / max(‖gold‖, scale)`` in float64; infinite when it is no number.
 
-    ``scale`` keeps a gradient that is zero but for rounding (a bias in front of a batch norm) from being compared with itself.
+    ``scale`` keeps a gradient that is zero but for rounding (a bias in front of a batch norm) from being compared with
+    itself.
     """
     difference = float((value.detach().double() - gold.double()).norm())
     size = max(float(gold.double().norm()), scale)
@@ -161,6 +162,11 @@ def relative_error(value: Tensor, gold: Tensor, scale: float = 0.0) -> float:
     return float("inf") if math.isnan(error) else error
 
 
+def in_layout(model: nn.Module, memory_format: torch.memory_format) -> nn.Module:
+    """The same model with its convolution weights in a memory format."""
+    return model.to(memory_format=memory_format)  # type: ignore[call-overload, no-any-return]
+
+
 def double_copy(model: nn.Module) -> nn.Module:
     """The same network in float64, contiguous."""
-    return copy.deepcopy(model).double().to(memory_format=torch.contiguous_format)
+    return in_layout(copy.deepcopy(model).double(), torch.contiguous_format)

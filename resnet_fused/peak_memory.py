@@ -5,6 +5,7 @@ Not a command for people: ``bench`` calls it, because a process never gives back
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import gc
@@ -37,17 +38,15 @@ def _forget_peak() -> bool:
 
 def _trim() -> None:
     gc.collect()
-    try:
+    with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError):
-        pass
 
 
 def measure_here(name: str, setting: providers.Setting) -> float | None:
     """MiB that the network and one step need at most; None where the system cannot tell.
 
-    On a processor: growth of the resident set from before the network exists to its peak within a second step. On a GPU:
-    PyTorch's own peak.
+    On a processor: growth of the resident set from before the network exists to its peak within a second step. On a
+    GPU: PyTorch's own peak.
     """
     x = torch.zeros(setting.batch, 3, setting.image_size, setting.image_size)
     source = networks.stock_model(setting.model)

@@ -59,7 +59,7 @@ def run(
         warn(f"{model} has RANDOM weights: it is untrained and its answers mean nothing")
     network = _network(model, weights).to(device)
     names = _labels(labels, model, network.fc.out_features)
-    network = optimize_for_inference(network.eval())
+    fast = optimize_for_inference(network.eval())
     rows: list[list[str]] = []
     failed = 0
     with torch.inference_mode():
@@ -70,7 +70,7 @@ def run(
                 warn(str(error))
                 failed += 1
                 continue
-            best = network(x[None])[0].float().softmax(0).topk(min(top_k, len(names)))
+            best = fast(x[None])[0].float().softmax(0).topk(min(top_k, len(names)))
             for rank, (probability, index) in enumerate(zip(best.values.tolist(), best.indices.tolist(), strict=True)):
                 rows.append([path if rank == 0 else "", str(rank + 1), f"{100 * probability:.2f} %", names[index]])
     if rows:

@@ -14,7 +14,7 @@ from .inference import optimize_for_inference
 
 SLACK = 2.0
 FLOOR_ULPS = 16.0
-# One ReLU that flips within a rounding of its kink is worth this much of a gradient; ``verify`` is the test without kinks.
+# A ReLU that flips within a rounding of its kink is worth this much of a gradient; ``verify`` is the test without.
 GRADIENT_FLOOR = 2e-2
 CHECKED_IN_TRAINING = 4
 
@@ -73,7 +73,7 @@ def build(name: str, source: nn.Module, setting: Setting) -> Provider:
         network.load_state_dict(source.state_dict())
         network = network.to(setting.device)
     else:
-        network = copy.deepcopy(source).to(setting.device).to(dtype).to(memory_format=torch.channels_last)
+        network = networks.in_layout(copy.deepcopy(source).to(setting.device, dtype), torch.channels_last)
     if setting.mode == "infer":
         network = optimize_for_inference(network.eval(), dtype) if name == "fused" else network.eval()
     else:
@@ -129,7 +129,7 @@ def gold_answer(source: nn.Module, setting: Setting, x: Tensor) -> Gold:
 
 
 def errors(provider: Provider, setting: Setting, x: Tensor, gold: Gold) -> tuple[float, float]:
-    """(error of the logits, error of all gradients together) relative to float64. The provider's statistics are put back."""
+    """(error of the logits, error of all gradients together) relative to float64; leaves the provider's statistics alone."""
     network = provider.network
     kept = (
         {name: b.clone() for name, b in network.named_buffers()}
@@ -144,11 +144,11 @@ def errors(provider: Provider, setting: Setting, x: Tensor, gold: Gold) -> tuple
     if found.keys() != gold.gradients.keys():
         return networks.relative_error(out, gold.logits), float("inf")
     names = sorted(found)
-    together = [torch.cat([side[name].flatten() for name in names]) for side in (found, gold.gradients)]
+    ours, exact = (torch.cat([side[name].flatten() for name in names]) for side in (found, gold.gradients))
     with torch.no_grad():
         for name, buffer in network.named_buffers():
             buffer.copy_(kept[name])
-    return networks.relative_error(out, gold.logits), networks.relative_error(*together)
+    return networks.relative_error(out, gold.logits), networks.relative_error(ours, exact)
 
 
 def is_right(found: tuple[float, float], stock: tuple[float, float], setting: Setting) -> bool:

@@ -5,9 +5,9 @@ float64 run of stock PyTorch, once for this package and once for stock PyTorch i
 
     error(ours) ≤ slack · error(stock) + floor,    error(t) = ‖t − t64‖ / ‖t64‖
 
-A training step multiplies roundings by whatever they happen to meet, so one error of stock is a single draw. It is drawn
-several times: in both memory layouts, and in training on slightly different pictures with a float64 run for each; the largest
-counts.
+A training step multiplies roundings by whatever they happen to meet, so one error of stock is a single draw. It is
+drawn several times: in both memory layouts, and in training on slightly different pictures with a float64 run for each;
+the largest counts.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def _worst(
         stock = max(side[name] for side in stocks)
         error = networks.relative_error(ours[name], exact, scale)
         found = Comparison(*case, kind, name, error, stock, SLACK * stock + floor)
-        if worst is None or found.ours * worst.limit > worst.ours * found.limit or not found.passed and worst.passed:
+        if worst is None or found.ours * worst.limit > worst.ours * found.limit or (not found.passed and worst.passed):
             worst = found
     assert worst is not None
     return worst
@@ -100,7 +100,7 @@ def _eval_case(case: tuple[str, str, str], source: nn.Module, x: Tensor, dtype: 
     stock = copy.deepcopy(source).to(dtype).eval()
     ours = networks.copy_of(case[0], source.state_dict(), NUM_CLASSES, fused=True).to(x.device).eval()
     with torch.inference_mode():
-        stocks = [stock.to(memory_format=m)(view) for m, view in zip(_FORMATS, _layouts(x), strict=True)]
+        stocks = [networks.in_layout(stock, m)(view) for m, view in zip(_FORMATS, _layouts(x), strict=True)]
 
         # Folding rounds the folded weights once, so its gold keeps the weights unrounded.
         exact = networks.double_copy(source).eval()(x.double())
@@ -134,7 +134,7 @@ def _train_case(
     for _ in range(DRAWS - 1):
         nearby = (x + 0.01 * torch.randn_like(x)).contiguous(memory_format=torch.channels_last)
         exact = results(networks.double_copy(source), nearby.double(), torch.float64)
-        step = results(copy.deepcopy(source).to(memory_format=torch.channels_last), nearby, dtype)
+        step = results(networks.in_layout(copy.deepcopy(source), torch.channels_last), nearby, dtype)
         stocks.append({kind: _errors(step[kind], exact[kind]) for kind in gold})
     ours = networks.copy_of(case[0], source.state_dict(), NUM_CLASSES, fused=True).to(x.device, x.dtype).train()
     found = results(ours, x, dtype)
@@ -157,7 +157,7 @@ def compare(
         if mode == "eval":
             return list(_eval_case(case, source, x, networks.DTYPES[dtype]))
         return list(_train_case(case, source, x, target, networks.DTYPES[dtype]))
-    except Exception as error:  # noqa: BLE001 - whatever goes wrong is a row of the report, and the other rows still count
+    except Exception as error:  # whatever goes wrong is a row of the report, and the other rows still count
         return [Comparison(*case, "run", "", 0.0, 0.0, 0.0, f"{type(error).__name__}: {str(error).splitlines()[0]}")]
 
 

@@ -42,23 +42,27 @@ template <class A>
 void merge_moments(
     const Geometry& g, const A* shift, const A* sum1, const A* sum2, A* mean, A* var, i64 begin, i64 end) {
   const double count = static_cast<double>(g.rows);
-  std::vector<double> m(end - begin, 0.0), v(end - begin, 0.0);
+  const i64 n_channels = end - begin;
+  std::vector<double> m(n_channels, 0.0), v(n_channels, 0.0);
   const auto rows = [&](i64 part) {
     return static_cast<double>(std::min(g.tile_rows, g.rows - part * g.tile_rows));
   };
   // The correction of a tile mean that is not finite is not a number: the tile mean alone is the answer.
-  const auto tile_mean = [&](i64 at, double n) {
-    const double k = shift[at];
-    return k - k == 0.0 ? k + sum1[at] / n : k;
-  };
-  for (i64 part = 0; part < g.parts; ++part)
-    for (i64 c = begin; c < end; ++c) m[c - begin] += tile_mean(part * g.c + c, rows(part)) * rows(part) / count;
-  for (i64 part = 0; part < g.parts; ++part)
-    for (i64 c = begin; c < end; ++c) {
-      const i64 at = part * g.c + c;
-      const double n = rows(part), s = sum1[at], d = tile_mean(at, n) - m[c - begin];
-      v[c - begin] += (sum2[at] - s * s / n) + n * d * d;
+  const auto correction = [](double k, double s) { return k - k == 0.0 ? s : 0.0; };
+  for (i64 part = 0; part < g.parts; ++part) {
+    const i64 at = part * g.c + begin;
+    const double n = rows(part);
+    for (i64 c = 0; c < n_channels; ++c) m[c] += shift[at + c] * n + correction(shift[at + c], sum1[at + c]);
+  }
+  for (i64 c = 0; c < n_channels; ++c) m[c] /= count;
+  for (i64 part = 0; part < g.parts; ++part) {
+    const i64 at = part * g.c + begin;
+    const double n = rows(part), inverse = 1.0 / n;
+    for (i64 c = 0; c < n_channels; ++c) {
+      const double s = sum1[at + c], d = (shift[at + c] - m[c]) + s * inverse;
+      v[c] += (sum2[at + c] - s * s * inverse) + n * d * d;
     }
+  }
   for (i64 c = begin; c < end; ++c) {
     mean[c] = static_cast<A>(m[c - begin]);
     const double biased = v[c - begin] / count;
