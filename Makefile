@@ -40,7 +40,7 @@ $(VENV)/.torch: $(VENV)/.environment
 $(VENV)/.packages: $(VENV)/.torch
 	@echo "installing what tests and benchmarks need"
 	@$(PIP) 'numpy<2.4' setuptools wheel ninja pybind11 pillow rich safetensors scikit-image scikit-learn matplotlib \
-	  pytest pytest-xdist expecttest hypothesis onnx onnxscript pyyaml huggingface_hub 'ruff==$(RUFF_VERSION)' mypy
+	  pytest pytest-xdist expecttest onnx onnxscript pyyaml huggingface_hub 'ruff==$(RUFF_VERSION)' mypy
 	@$(BIN)/python -c 'import importlib.metadata as m; m.version("torchvision")' 2>/dev/null || \
 	  $(PIP) --no-deps 'torchvision==$(TORCHVISION_VERSION)'
 	@$(PIP) --no-deps timm

@@ -1,4 +1,4 @@
-"""``resnet-fused bench``: stock PyTorch, this package and torch.compile in turns on the same images, answers checked."""
+"""``resnet-fused bench``: stock PyTorch, this package and torch.compile in turns on the same images."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def timed_ms(call: Callable[[Tensor], object], batch: Tensor, loops: int) -> flo
 
 
 def operations(setting: Setting) -> int:
-    """Floating-point operations of one step of the stock network (convolutions, products), counted without running it."""
+    """Floating-point operations of one step of the stock network (convolutions, products), counted without a run."""
     with torch.device("meta"):
         network = networks.stock_model(setting.model).train(setting.mode == "train")
         x = torch.empty(setting.batch, 3, setting.image_size, setting.image_size)
@@ -184,8 +184,8 @@ def print_results(results: Sequence[Result], setting: Setting, described: str) -
         [_columns(result, stock, setting) for result in results],
         right=(1, 2, 3, 4, 5, 6),
         styles=["red" if result.problem else "bold" if result.name == "fused" else None for result in results],
-        caption=f"{described}; stock: {networks.stock_source()}, eager, channels_last; {torch.get_num_threads()} threads; "
-        "error: largest of logits and gradients, relative to float64",
+        caption=f"{described}; stock: {networks.stock_source()}, eager, channels_last; "
+        f"{torch.get_num_threads()} threads; error: largest of logits and gradients, relative to float64",
     )
 
 

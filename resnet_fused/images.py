@@ -48,7 +48,7 @@ def decode(path: str | Path) -> Tensor:
 
 
 def _resized(image: Tensor, short_side: int) -> Tensor:
-    """``uint8 [3, H, W]`` with its shorter side resized: bilinear, antialiased, rounded to whole steps, as torchvision."""
+    """``uint8 [3, H, W]`` with its shorter side resized: bilinear, antialiased, rounded to whole steps as there."""
     height, width = image.shape[-2:]
     if height <= width:
         size = (short_side, int(short_side * width / height))

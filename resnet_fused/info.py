@@ -93,7 +93,7 @@ def collect() -> dict[str, Any]:
     return {
         "versions": versions(),
         "platform": platform.platform(),
-        "backends": {name: "available" for name in backends.available_backends()} | backends.unavailable_backends(),
+        "backends": dict.fromkeys(backends.available_backends(), "available") | backends.unavailable_backends(),
         "chosen": {kind: backends.choose(torch.device(kind)) for kind in ["cpu", *(["cuda"] if gpus else [])]},
         "device": {
             "processor": processor(),

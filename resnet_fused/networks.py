@@ -1,10 +1,11 @@
-"""The networks that ``verify`` and ``bench`` compare: stock, stock in float64, this package's, all with the same values."""
+"""The networks that ``verify`` and ``bench`` compare: stock, stock in float64, this package's, one set of values."""
 
 from __future__ import annotations
 
 import copy
 import math
 from types import MethodType, ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ BRANCH_SCALE = 0.25
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def _plain_block_forward(self: nn.Module, x: Tensor) -> Tensor:
+def _plain_block_forward(self: Any, x: Tensor) -> Tensor:
     y = self.relu(self.bn1(self.conv1(x)))
     y = self.bn2(self.conv2(y))
     if hasattr(self, "conv3"):
@@ -25,7 +26,7 @@ def _plain_block_forward(self: nn.Module, x: Tensor) -> Tensor:
     return self.relu(y + (x if self.downsample is None else self.downsample(x)))
 
 
-def _plain_network_forward(self: nn.Module, x: Tensor) -> Tensor:
+def _plain_network_forward(self: Any, x: Tensor) -> Tensor:
     x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
     x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
     return self.fc(torch.flatten(self.avgpool(x), 1))
@@ -51,10 +52,10 @@ def stock_model(name: str, num_classes: int = 1000) -> nn.Module:
     torchvision = _torchvision()
     if torchvision is not None:
         return getattr(torchvision.models, name)(num_classes=num_classes)
-    model = models.BUILDERS[name](num_classes=num_classes)
+    model: Any = models.BUILDERS[name](num_classes=num_classes)
     for module in model.modules():
         if isinstance(module, (blocks.BasicBlock, blocks.Bottleneck)):
-            module.forward = MethodType(_plain_block_forward, module)
+            module.forward = MethodType(_plain_block_forward, module)  # type: ignore[method-assign]
     model.forward = MethodType(_plain_network_forward, model)
     return model
 
@@ -66,11 +67,11 @@ def copy_of(name: str, values: dict[str, Tensor], num_classes: int, *, fused: bo
     return model
 
 
-def _norms(model: nn.Module) -> list[nn.BatchNorm2d]:
+def _norms(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
 
 
-def _last_norms(model: nn.Module) -> list[nn.BatchNorm2d]:
+def _last_norms(model: Any) -> list[Any]:
     """The batch norm in front of each block's addition."""
     blocks = [block for stage in (model.layer1, model.layer2, model.layer3, model.layer4) for block in stage]
     return [block.bn3 if hasattr(block, "bn3") else block.bn2 for block in blocks]
@@ -102,16 +103,16 @@ def calibrate(model: nn.Module, x: Tensor, seed: int = 0) -> None:
 
 
 @torch.no_grad()
-def hold_clear_of_kinks(model: nn.Module, seed: int = 0) -> None:
+def hold_clear_of_kinks(model: Any, seed: int = 0) -> None:
     """Set batch norm so that every channel's ReLU is clearly open or clearly shut.
 
-    A pre-activation within one rounding of zero flips its ReLU, and one flip among 10⁴ elements is worth 1 % of a gradient:
-    that is no error of either side, yet it hides all others. Deviation 0.25 around ±1.5 keeps six deviations of distance.
+    A pre-activation within one rounding of zero flips its ReLU, and one flip among 10⁴ elements is worth 1 % of a
+    gradient: that is no error of either side, yet it hides all others. Deviation 0.25 around ±1.5 keeps six deviations.
     A channel of the residual stream has one sign in its whole stage: what is added to an open channel keeps it open.
     """
     generator = torch.Generator().manual_seed(seed)
 
-    def signs(norm: nn.BatchNorm2d) -> Tensor:
+    def signs(norm: Any) -> Tensor:
         shut = torch.rand(norm.num_features, generator=generator) < 0.25
         return torch.where(shut, -1.5, 1.5)
 
@@ -164,7 +165,7 @@ def relative_error(value: Tensor, gold: Tensor, scale: float = 0.0) -> float:
 
 def in_layout(model: nn.Module, memory_format: torch.memory_format) -> nn.Module:
     """The same model with its convolution weights in a memory format."""
-    return model.to(memory_format=memory_format)  # type: ignore[call-overload, no-any-return]
+    return model.to(memory_format=memory_format)  # type: ignore[call-overload]
 
 
 def double_copy(model: nn.Module) -> nn.Module:

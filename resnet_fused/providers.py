@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +55,7 @@ class Provider:
 
 
 def _compiled(network: nn.Module, setting: Setting) -> nn.Module:
-    options = {"freezing": True} if setting.mode == "infer" else None
+    options: Any = {"freezing": True} if setting.mode == "infer" else None
     return torch.compile(network, options=options)  # type: ignore[return-value]
 
 
@@ -129,7 +130,7 @@ def gold_answer(source: nn.Module, setting: Setting, x: Tensor) -> Gold:
 
 
 def errors(provider: Provider, setting: Setting, x: Tensor, gold: Gold) -> tuple[float, float]:
-    """(error of the logits, error of all gradients together) relative to float64; leaves the provider's statistics alone."""
+    """(error of the logits, error of all gradients together) relative to float64; restores the statistics."""
     network = provider.network
     kept = (
         {name: b.clone() for name, b in network.named_buffers()}
