@@ -147,7 +147,9 @@ def conv_bn_relu(
     if weight.device != x.device:
         raise ValueError(f"weight: expected device {x.device} like x, got {weight.device}")
     if not isinstance(groups, int) or groups < 1 or weight.shape[0] % groups:
-        raise ValueError(f"groups: expected a positive divisor of the {weight.shape[0]} output channels, got {groups!r}")
+        raise ValueError(
+            f"groups: expected a positive divisor of the {weight.shape[0]} output channels, got {groups!r}"
+        )
     if x.shape[1] != weight.shape[1] * groups:
         raise ValueError(
             f"x: expected {weight.shape[1] * groups} channels for weight {tuple(weight.shape)} and groups={groups}, "
@@ -156,7 +158,9 @@ def conv_bn_relu(
     conv = Conv(_pair("stride", stride, 1), _pair("padding", padding, 0), _pair("dilation", dilation, 1), groups)
     out_shape = conv.output_shape(x.shape, weight.shape)
     if out_shape[2] < 1 or out_shape[3] < 1:
-        raise ValueError(f"x: height and width {tuple(x.shape[2:])} are smaller than the filter {tuple(weight.shape[2:])}")
+        raise ValueError(
+            f"x: height and width {tuple(x.shape[2:])} are smaller than the filter {tuple(weight.shape[2:])}"
+        )
     channels = weight.shape[0]
     vectors = {"bn_weight": bn_weight, "bn_bias": bn_bias, "running_mean": running_mean, "running_var": running_var}
     _check_norm(channels, x, vectors, training, eps)

@@ -183,9 +183,7 @@ def _chain_vjp(ctx, grads):
     if torch.is_grad_enabled():
         found = _differentiable_backward(ctx, grad, x, parameters, saved, needs)
     else:
-        found = torch.ops.resnet_fused.chain_backward(
-            grad, x, parameters, saved, ctx.spec, ctx.eps, needs, ctx.backend
-        )
+        found = torch.ops.resnet_fused.chain_backward(grad, x, parameters, saved, ctx.spec, ctx.eps, needs, ctx.backend)
     found = [g if need else None for g, need in zip(found, needs, strict=True)]
     return found[0], found[1], found[2:], ctx.no_running, None, None, None, None
 
@@ -233,7 +231,7 @@ def _add_relu_fake(a: Tensor, b: Tensor, save: bool, backend: str) -> tuple[Tens
 
 
 def _add_relu_setup(ctx, inputs, output) -> None:
-    a, _, save, backend = inputs
+    _, _, save, backend = inputs
     out, mask = output
     ctx.mark_non_differentiable(mask)
     ctx.set_materialize_grads(False)

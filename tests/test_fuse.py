@@ -100,7 +100,10 @@ def test_hooks_fire_with_the_values_of_stock() -> None:
     seen: dict[str, list[Tensor]] = {"stock": [], "ours": []}
     for name, model in (("stock", stock), ("ours", ours)):
         for path in ("bn1", "relu", "layer2.0.bn1", "layer2.0.downsample", "layer3.1.conv2", "layer3.1", "layer4"):
-            hook = lambda m, args, out, n=name: seen[n].append(out.detach().clone())
+
+            def hook(m, args, out, n=name):
+                return seen[n].append(out.detach().clone())
+
             model.get_submodule(path).register_forward_hook(hook)
         with torch.no_grad():
             model(x)

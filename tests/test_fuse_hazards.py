@@ -176,7 +176,7 @@ class CircularPadding(Hazard):
         return self.bn(self.conv(x))
 
 
-HAZARDS = [cls for cls in Hazard.__subclasses__()]
+HAZARDS = list(Hazard.__subclasses__())
 
 
 @pytest.mark.parametrize("cls", HAZARDS)

@@ -180,7 +180,10 @@ def any_nan(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     In bfloat16 a deep network's pre-activations fall on either side of a ReLU's kink by one rounding, and a NaN passes
     where the ReLU does: stock's own two layouts then differ in single elements of a filter's gradient.
     """
-    return {name: t if name == "out" or "running" in name else torch.where(t.isnan().any(), math.nan, 0.0) for name, t in tensors.items()}
+    return {
+        name: t if name == "out" or "running" in name else torch.where(t.isnan().any(), math.nan, 0.0)
+        for name, t in tensors.items()
+    }
 
 
 def compare_module(

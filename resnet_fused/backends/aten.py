@@ -149,7 +149,7 @@ class AtenKernels(Kernels):
     def bn_relu_maxpool(self, x: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
         activation = self.bn_act(x, scale, shift, None, True, False)[0]
         out, flat = F.max_pool2d(activation, 3, 2, 1, return_indices=True)
-        height, width = x.shape[2:]
+        width = x.shape[3]
         rows = torch.arange(out.shape[2], device=x.device).view(-1, 1) * 2 - 1
         columns = torch.arange(out.shape[3], device=x.device) * 2 - 1
         position = (flat.div(width, rounding_mode="floor") - rows) * 3 + flat % width - columns

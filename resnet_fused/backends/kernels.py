@@ -34,7 +34,8 @@ class Conv:
     def output_shape(self, x_shape: torch.Size | tuple, weight_shape: torch.Size | tuple) -> tuple:
         """``[N, K, P, Q]`` of the convolution of ``[N, C, H, W]`` with ``[K, C / groups, R, S]``."""
         spatial = (
-            (x_shape[2 + i] + 2 * self.padding[i] - self.dilation[i] * (weight_shape[2 + i] - 1) - 1) // self.stride[i] + 1
+            (x_shape[2 + i] + 2 * self.padding[i] - self.dilation[i] * (weight_shape[2 + i] - 1) - 1) // self.stride[i]
+            + 1
             for i in range(2)
         )
         return (x_shape[0], weight_shape[0], *spatial)

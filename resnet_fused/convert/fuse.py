@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import linecache
@@ -96,10 +97,8 @@ def _rebuild(stock: type[nn.Module], constructor: Callable[..., nn.Module], argu
 
 
 def _fuse_quietly(module: nn.Module) -> None:
-    try:
+    with contextlib.suppress(LeftAlone):
         _swap(module)
-    except LeftAlone:
-        pass
 
 
 _FORWARD = """\
@@ -114,7 +113,7 @@ _classes: dict[tuple[Any, ...], type[nn.Module]] = {}
 def _compile(source: str, namespace: dict[str, Any], name: str) -> None:
     """Execute source text, known to tracebacks and debuggers under ``name``."""
     linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
-    exec(compile(source, name, "exec"), namespace)  # noqa: S102 (source that fx and this module wrote)
+    exec(compile(source, name, "exec"), namespace)
 
 
 def _fused_class(stock: type[nn.Module], traced: Trace, guard: Guard) -> type[nn.Module]:

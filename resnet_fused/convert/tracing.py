@@ -160,7 +160,7 @@ def _recording_class(cls: type[nn.Module], inputs: tuple[str, ...], reads: Count
     """A subclass of ``cls`` that counts attribute reads and whose forward takes the required arguments only."""
     arguments = ", ".join(("self", *inputs))
     namespace: dict[str, Any] = {"_forward": cls.forward}
-    exec(f"def forward({arguments}):\n    return _forward({arguments})\n", namespace)  # noqa: S102 (names of parameters)
+    exec(f"def forward({arguments}):\n    return _forward({arguments})\n", namespace)
 
     class Recorder:
         def __init_subclass__(cls) -> None:

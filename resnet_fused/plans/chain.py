@@ -164,7 +164,9 @@ class _Backward:
         widths = [unit.channels for unit in chain.units]
         self.norms = [
             Norm.of(unit, mean, var)
-            for unit, mean, var in zip(chain.units, statistics[0].split(widths), statistics[1].split(widths), strict=True)
+            for unit, mean, var in zip(
+                chain.units, statistics[0].split(widths), statistics[1].split(widths), strict=True
+            )
         ]
         outputs = iter(rest)
         self.raw = [x if unit.conv is None else next(outputs) for unit in chain.units]

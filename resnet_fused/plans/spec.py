@@ -91,7 +91,12 @@ class Chain:
             conv = unit.conv or Conv()
             integers += [unit.weight is not None, unit.conv_bias is not None, unit.training, unit.relu]
             integers += [*conv.stride, *conv.padding, *conv.dilation, conv.groups]
-        return self.parameters(), [t for t in running if t is not None], [int(i) for i in integers], [unit.eps for unit in self.units]
+        return (
+            self.parameters(),
+            [t for t in running if t is not None],
+            [int(i) for i in integers],
+            [unit.eps for unit in self.units],
+        )
 
 
 _INTEGERS_PER_UNIT = 11
