@@ -115,7 +115,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _check_environment() -> None:
+    from . import backends
+
+    try:
+        backends.current()
+    except (ValueError, RuntimeError) as error:
+        raise UsageError(str(error)) from error
+
+
 def _run(arguments: argparse.Namespace) -> int:
+    _check_environment()
     if arguments.command == "info":
         from . import info
 

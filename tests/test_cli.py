@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import resnet_fused
-from resnet_fused import bench, console, images, info, networks, verify
+from resnet_fused import backends, bench, console, images, info, networks, verify
 from resnet_fused.cli import main
 
 rich = pytest.importorskip("rich", reason="the commands' tables need rich")
@@ -219,3 +219,10 @@ def test_wrong_arguments_are_one_line_and_exit_code_two(arguments, said, capsys)
 def test_weights_of_another_model_are_listed(picture, weights, capsys):
     assert main(["predict", str(picture), "--model", "resnet50", "--weights", str(weights)]) == 2
     assert "--weights" in capsys.readouterr().err
+
+
+def test_wrong_backend_in_the_environment_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(backends, "_current", None)
+    monkeypatch.setenv("RESNET_FUSED_BACKEND", "tpu")
+    assert main(["info"]) == 2
+    assert "RESNET_FUSED_BACKEND: expected one of auto" in "".join(capsys.readouterr())

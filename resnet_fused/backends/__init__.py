@@ -55,7 +55,19 @@ def _validated(name: str, source: str) -> str:
     raise ValueError(f"{source}: expected one of {known}, got {name!r}")
 
 
-_current = _validated(os.environ.get(ENVIRONMENT_VARIABLE, "auto") or "auto", ENVIRONMENT_VARIABLE)
+_current: str | None = None  # until set_backend: what the environment says, looked at on first use
+
+
+def current() -> str:
+    """The user's choice: of ``set_backend``, or of the environment variable, or "auto".
+
+    Raises:
+        ValueError, RuntimeError: the environment variable names no backend, or one that cannot run here.
+    """
+    global _current
+    if _current is None:
+        _current = _validated(os.environ.get(ENVIRONMENT_VARIABLE) or "auto", ENVIRONMENT_VARIABLE)
+    return _current
 
 
 def set_backend(name: str) -> None:
@@ -72,7 +84,7 @@ def set_backend(name: str) -> None:
 @contextmanager
 def backend(name: str) -> Iterator[None]:
     """``set_backend(name)`` for the duration of a ``with`` block; a backward runs on the backend of its forward."""
-    previous = _current
+    previous = current()
     set_backend(name)
     try:
         yield
@@ -87,8 +99,9 @@ def get(name: str) -> Kernels:
 
 def choose(device: torch.device) -> str:
     """The backend for tensors on ``device``: the user's choice, or under ``auto`` the fastest that can run there."""
-    if _current == "auto":
+    wish = current()
+    if wish == "auto":
         return "cpu" if device.type == "cpu" and "cpu" in _KERNELS else "aten"
-    if _current == "cpu" and device.type != "cpu":
+    if wish == "cpu" and device.type != "cpu":
         return "aten"
-    return _current
+    return wish
