@@ -72,7 +72,7 @@ def build(name: str, source: nn.Module, setting: Setting) -> Provider:
     if name == "fused":
         network = models.BUILDERS[setting.model]()
         network.load_state_dict(source.state_dict())
-        network = network.to(setting.device)
+        network = network.to(setting.device).to(memory_format=torch.channels_last)
     else:
         network = networks.in_layout(copy.deepcopy(source).to(setting.device, dtype), torch.channels_last)
     if setting.mode == "infer":
