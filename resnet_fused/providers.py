@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._inductor import config as inductor
 
 from . import models, networks
 from .inference import optimize_for_inference
@@ -55,8 +55,9 @@ class Provider:
 
 
 def _compiled(network: nn.Module, setting: Setting) -> nn.Module:
-    options: Any = {"freezing": True} if setting.mode == "infer" else None
-    return torch.compile(network, options=options)  # type: ignore[return-value]
+    # As a global setting: dynamo asks it too, and takes weights for inputs where only the compiler's options say it.
+    inductor.freezing = setting.mode == "infer"
+    return torch.compile(network)  # type: ignore[return-value]
 
 
 def build(name: str, source: nn.Module, setting: Setting) -> Provider:
