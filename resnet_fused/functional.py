@@ -97,7 +97,7 @@ def _bn_chain(
         count = out_shape[0] * out_shape[2] * out_shape[3]
         update_running(running[0], mean.detach(), momentum)
         if running[1] is not None:
-            update_running(running[1], var.detach() * (count / (count - 1)), momentum)
+            update_running(running[1], var.detach(), momentum, count / (count - 1))
     return out
 
 

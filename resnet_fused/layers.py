@@ -83,7 +83,7 @@ def _update_statistics(bn: nn.BatchNorm2d, conv: nn.Conv2d | None, mean: Tensor,
         if momentum is None:
             momentum = 0.0
         update_running(bn.running_mean, mean, momentum)
-        update_running(bn.running_var, var * (count / (count - 1)), momentum)
+        update_running(bn.running_var, var, momentum, count / (count - 1))
 
 
 def _run_chain(

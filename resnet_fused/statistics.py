@@ -42,6 +42,13 @@ def backward_coefficients(
 
 
 @torch.no_grad()
-def update_running(running: Tensor, batch: Tensor, momentum: float | Tensor) -> None:
-    """``running ← (1 − momentum)·running + momentum·batch``, in place and in ``running``'s dtype."""
-    running.mul_(1 - momentum).add_(batch.to(running.dtype) * momentum)
+def update_running(running: Tensor, batch: Tensor, momentum: float | Tensor, correction: float = 1.0) -> None:
+    """``running ← (1 − momentum)·running + momentum·correction·batch``, in place and in ``running``'s dtype.
+
+    ``correction`` is Bessel's ``M / (M − 1)`` for a biased variance.
+    """
+    batch = batch.to(running.dtype)
+    if isinstance(momentum, Tensor):
+        running.mul_(1 - momentum).add_(batch * (momentum * correction))
+    else:
+        running.mul_(1 - momentum).add_(batch, alpha=momentum * correction)

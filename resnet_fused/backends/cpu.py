@@ -14,7 +14,7 @@ _MATMUL_WGRAD_ROWS = 12544
 
 
 def _rows(x: Tensor) -> Tensor:
-    """``[N, C, H, W]`` in channels_last as the matrix ``[N·H·W, C]``, without a copy."""
+    """``[N, C, H, W]`` in channels_last as the matrix ``[N·H·W, C]``; a copy only of strided rows."""
     return x.permute(0, 2, 3, 1).flatten(0, 2)
 
 
@@ -29,8 +29,10 @@ class CpuKernels(AtenKernels):
 
     def wgrad(self, dy: Tensor, x: Tensor, weight: Tensor, conv: Conv) -> Tensor:
         rows = dy.shape[0] * dy.shape[2] * dy.shape[3]
-        pointwise = conv == Conv() and weight.shape[2:] == (1, 1)
+        pointwise = weight.shape[2:] == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
         if pointwise and dy.dtype == torch.bfloat16 and rows <= _MATMUL_WGRAD_ROWS:
+            if conv.stride != (1, 1):
+                x = x[:, :, :: conv.stride[0], :: conv.stride[1]]
             return (_rows(dy).t() @ _rows(x))[:, :, None, None]
         return super().wgrad(dy, x, weight, conv)
 
