@@ -53,8 +53,8 @@ def train(model: nn.Module, data: tuple[Tensor, Tensor, Tensor, Tensor], epochs:
         part.contiguous(memory_format=torch.channels_last) if part.dim() == 4 else part for part in data
     )
     steps = len(train_x) // batch
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4, nesterov=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.05, total_steps=epochs * steps)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.02, total_steps=epochs * steps)
     order = torch.Generator().manual_seed(0)
     losses = []
     model.train()
@@ -110,7 +110,7 @@ def main() -> None:
     stock = networks.stock_model("resnet18", num_classes=10)
     fused = resnet_fused.resnet18(num_classes=10)
     fused.load_state_dict(stock.state_dict())
-    models = {"stock": stock.to(memory_format=torch.channels_last), "fused": fused}
+    models = {name: model.to(memory_format=torch.channels_last) for name, model in (("stock", stock), ("fused", fused))}
     runs: dict[str, Run] = {}
     with progress_bar() as progress:
         for name, model in models.items():
