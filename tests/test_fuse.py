@@ -39,8 +39,7 @@ def test_float32_is_as_accurate_as_stock(name: str) -> None:
     x = torch.randn(3, 3, 64, 64)
     for a, b, c in zip(step(ours, x)[0], step(stock, x)[0], step(gold, x.double())[0], strict=True):
         if a.is_floating_point():
-            # A whole network: stock's own error varies by several ulps with the memory format of the weights.
-            assert_as_accurate(a, b, c, slack=4, ulps=16)
+            assert_as_accurate(a, b, c)
 
 
 @pytest.mark.parametrize(
