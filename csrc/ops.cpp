@@ -28,8 +28,8 @@ STABLE_TORCH_LIBRARY(resnet_fused, m) {
       " Tensor a, Tensor b, Tensor c) -> ()");
   // relu(a + b) and its mask
   m.def("add_relu(Tensor a, Tensor b, bool save_mask) -> (Tensor out, Tensor mask)");
-  // (grad where mask, else 0) + addend
-  m.def("mask_grad(Tensor grad, Tensor mask, Tensor? addend) -> Tensor");
+  // grad where mask, else 0; and the same added to acc
+  m.def("mask_grad(Tensor grad, Tensor mask) -> Tensor");
   m.def("mask_grad_add_(Tensor(a!) acc, Tensor grad, Tensor mask) -> ()");
   // 3x3, stride 2, padding 1 max pooling of relu(z). index: uint8, the winner's place 3 r + s in its window (the first
   // maximum, the last NaN, compared as rounded), 255 where !(winner > 0) and not NaN.

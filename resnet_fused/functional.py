@@ -38,21 +38,19 @@ def _check_like(name: str, t: Tensor, shape: tuple, x: Tensor) -> None:
         raise ValueError(f"{name}: expected device {x.device} like x, got {t.device}")
 
 
-def _check_norm(
-    channels: int, x: Tensor, vectors: dict[str, Tensor | None], training: bool, eps: float, prefix: str = ""
-) -> None:
+def _check_norm(channels: int, x: Tensor, vectors: dict[str, Tensor | None], training: bool, eps: float) -> None:
     for name, vector in vectors.items():
         is_statistic = name.startswith("running")
         if vector is None:
             if is_statistic and training:
                 continue
-            raise ValueError(f"{prefix}{name}: expected a tensor of {channels} values, got None")
+            raise ValueError(f"{name}: expected a tensor of {channels} values, got None")
         if tuple(vector.shape) != (channels,):
-            raise ValueError(f"{prefix}{name}: expected shape ({channels},), got {tuple(vector.shape)}")
+            raise ValueError(f"{name}: expected shape ({channels},), got {tuple(vector.shape)}")
         if vector.dtype not in (x.dtype, torch.float32):
-            raise TypeError(f"{prefix}{name}: expected dtype {x.dtype} or torch.float32, got {vector.dtype}")
+            raise TypeError(f"{name}: expected dtype {x.dtype} or torch.float32, got {vector.dtype}")
         if vector.device != x.device:
-            raise ValueError(f"{prefix}{name}: expected device {x.device} like x, got {vector.device}")
+            raise ValueError(f"{name}: expected device {x.device} like x, got {vector.device}")
     if not eps >= 0:
         raise ValueError(f"eps: expected a number >= 0, got {eps}")
 

@@ -105,7 +105,7 @@ def _add_relu(a: Tensor, b: Tensor, save_mask: bool) -> tuple[Tensor, Tensor]:
     return torch.empty_like(a), _bytes(a, save_mask)
 
 
-def _mask_grad(grad: Tensor, mask: Tensor, addend: Tensor | None) -> Tensor:
+def _mask_grad(grad: Tensor, mask: Tensor) -> Tensor:
     return torch.empty_like(grad)
 
 

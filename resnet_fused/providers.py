@@ -73,7 +73,7 @@ def build(name: str, source: nn.Module, setting: Setting) -> Provider:
     if name == "fused":
         network = models.BUILDERS[setting.model]()
         network.load_state_dict(source.state_dict())
-        network = network.to(setting.device).to(memory_format=torch.channels_last)
+        network = networks.in_layout(network.to(setting.device), torch.channels_last)
     else:
         network = networks.in_layout(copy.deepcopy(source).to(setting.device, dtype), torch.channels_last)
     if setting.mode == "infer":

@@ -12,10 +12,6 @@ import resnet_fused
 torch.set_num_threads(1)  # the inputs are small; more threads only wait for each other
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: takes minutes; runs only when asked for with -m slow")
-
-
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if "slow" in (config.option.markexpr or ""):
         return

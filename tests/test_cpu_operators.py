@@ -33,8 +33,7 @@ def test_opcheck(layout):
         (ops.bn_act_backward, (*backward, *case.coefficients)),
         (ops.bn_act_backward_, (grad.clone(), *backward[1:], *case.coefficients)),
         (ops.add_relu, (x, grad, True)),
-        (ops.mask_grad, (grad, mask, None)),
-        (ops.mask_grad, (grad, mask, x)),
+        (ops.mask_grad, (grad, mask)),
         (ops.mask_grad_add_, (x.clone(), grad, mask)),
         (ops.bn_relu_maxpool, (x, scale, shift)),
         (ops.bn_relu_maxpool_backward_reduce, (pooled, index, x, mean)),
@@ -62,8 +61,8 @@ def bad_calls():
         r"bn_act: residual: expected shape": lambda: ops.bn_act(x, scale, shift, x[:1], True, False),
         r"bn_act: residual: expected Float, got Half": lambda: ops.bn_act(x, scale, shift, x.half(), True, False),
         r"bn_act: residual: expected strides": lambda: ops.bn_act(x, scale, shift, x.contiguous(), True, False),
-        r"mask_grad: mask: expected .* \[38\].* got \[37\]": lambda: ops.mask_grad(x, mask[:-1], None),
-        r"mask_grad: mask: expected uint8": lambda: ops.mask_grad(x, mask.int(), None),
+        r"mask_grad: mask: expected .* \[38\].* got \[37\]": lambda: ops.mask_grad(x, mask[:-1]),
+        r"mask_grad: mask: expected uint8": lambda: ops.mask_grad(x, mask.int()),
         r"add_relu: b: expected strides": lambda: ops.add_relu(x, x.contiguous(), False),
         r"maxpool_backward_reduce: index: expected Byte": lambda: ops.bn_relu_maxpool_backward_reduce(
             pooled, index.int(), x, shift

@@ -35,7 +35,7 @@ enum class Gate : int { kOpen = 0, kMask = 1, kRecompute = 2 };  // where dz com
 struct Args {
   Geometry g;
   Channels p;
-  const void *x, *grad, *other;  // other: residual, addend or second summand
+  const void *x, *grad, *other;  // other: residual, second summand or sum so far
   const uint8_t* mask;           // read
   i64 mask_bytes;
   uint8_t* mask_out;  // written, or null

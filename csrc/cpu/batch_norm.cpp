@@ -117,13 +117,12 @@ std::tuple<Tensor, Tensor> add_relu(const Tensor& a, const Tensor& b, bool save_
   return {out, mask};
 }
 
-Tensor mask_grad(const Tensor& grad, const Tensor& mask, const Optional& addend) {
+Tensor mask_grad(const Tensor& grad, const Tensor& mask) {
   const Activations t("mask_grad", "grad", grad);
   Tensor out = torch::stable::empty_like(grad);
   Args args = args_for(t);
   args.grad = grad.const_data_ptr();
   args.mask = t.mask("mask", mask);
-  if (addend.has_value()) args.other = t.like("addend", *addend);
   args.out = out.mutable_data_ptr();
   run_elements(t, kernels(t.dtype).mask_grad, args);
   return out;

@@ -81,7 +81,7 @@ class CpuKernels(AtenKernels):
         return torch.ops.resnet_fused.add_relu(a, b, save_mask)
 
     def mask_grad(self, grad: Tensor, mask: Tensor) -> Tensor:
-        return torch.ops.resnet_fused.mask_grad(grad, mask, None)
+        return torch.ops.resnet_fused.mask_grad(grad, mask)
 
     def mask_grad_add_(self, acc: Tensor, grad: Tensor, mask: Tensor) -> None:
         torch.ops.resnet_fused.mask_grad_add_(acc, grad, mask)
