@@ -19,6 +19,8 @@ from . import backends, reference
 from .backends.aten import unpack_mask
 from .backends.kernels import acc_dtype
 from .plans import chain as plan
+from .plans import chain_backward
+from .plans.choice import choose_plans
 from .plans.spec import Chain, Shortcut, Tail, unflatten
 
 _library = torch.library.Library("resnet_fused", "FRAGMENT")
@@ -44,6 +46,7 @@ def chain(x: Tensor, residual: Tensor | None, c: Chain) -> tuple[Tensor, list[tu
         The output, in channels_last where the chain has a convolution and in the layout of ``x`` elsewhere; and for each
         unit the mean and biased variance ``[K]`` of its batch (a frozen unit's are its running statistics, or empty).
     """
+    c = choose_plans(c)
     parameters, running, integers, eps = c.flatten()
     differentiable = [x, *parameters] + ([residual] if residual is not None else [])
     save = torch.is_grad_enabled() and any(t.requires_grad for t in differentiable)
@@ -110,7 +113,12 @@ def _chain_fake(
     width = sum(unit.channels for unit in c.units) if save or any(unit.training for unit in c.units) else 0
     outputs = [like(shape, x.dtype), x.new_empty((2, width), dtype=acc_dtype(x.dtype))]
     if save:
-        outputs += [like(s, x.dtype) for s, unit in zip(shapes, c.units, strict=True) if unit.conv is not None]
+        made = [unit.conv is not None and not unit.covariance for unit in c.units]
+        outputs += [like(s, x.dtype) for s, is_made in zip(shapes, made, strict=True) if is_made]
+        for unit in c.units:
+            if unit.covariance and unit.training:
+                width = unit.weight.shape[1]
+                outputs.append(x.new_empty((width + 1, width), dtype=plan.moments_dtype(x.dtype)))
         if c.tail == Tail.RELU_MAXPOOL:
             outputs.append(like(shape, torch.uint8))
         elif c.saves_mask:
@@ -128,9 +136,9 @@ def _chain_backward(
     needs: Sequence[bool],
     backend: str,
 ) -> list[Tensor]:
-    needed = plan.Needs(needs[0], needs[1], tuple(needs[2:]))
+    needed = chain_backward.Needs(needs[0], needs[1], tuple(needs[2:]))
     c = unflatten(parameters, (), spec, eps)
-    dx, dresidual, gradients = plan.backward(backends.get(backend), c, grad, x, saved, needed)
+    dx, dresidual, gradients = chain_backward.backward(backends.get(backend), c, grad, x, saved, needed)
     laid_out = [None if g is None else _laid_out_like(g, p) for g, p in zip(gradients, parameters, strict=True)]
     wanted = [g if need else None for g, need in zip([dx, dresidual, *laid_out], needs, strict=True)]
     return [grad.new_empty(0) if g is None else g for g in wanted]

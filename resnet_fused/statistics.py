@@ -1,4 +1,7 @@
-"""The per-channel algebra of batch norm: small pure functions of ``[C]`` vectors in the accumulation dtype."""
+"""The per-channel algebra of batch norm: small pure functions.
+
+Vectors are in the accumulation dtype, or in float64 where sums over many rows meet (``through_covariance`` and the merges).
+"""
 
 from __future__ import annotations
 
@@ -39,6 +42,96 @@ def backward_coefficients(
         return scale, zero, zero, dweight
     step = scale / -count
     return scale, step * rstd * dweight, step * sum_dz, dweight
+
+
+# Batch norm of y = A Wᵀ told from A alone. A [M, C] has mean ā and covariance Cov; see docs/covariance.md.
+
+
+def through_covariance(weight: Tensor, mean: Tensor, cov: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of ``y = A Wᵀ``: ``µ_k = w_k·ā``, ``σ²_k = w_kᵀ Cov w_k`` (at least 0).
+
+    Args:
+        weight (Tensor[K, C]), mean (Tensor[C]), cov (Tensor[C, C]): of one dtype.
+    Returns:
+        mean, var (Tensor[K]).
+    """
+    return weight @ mean, ((weight @ cov) * weight).sum(1).clamp_min(0)
+
+
+def ill_conditioned(weight: Tensor, mean: Tensor, cov: Tensor, var: Tensor, unit: float, limit: float) -> Tensor:
+    """Where rounding in ``cov`` may spoil ``var``: ``unit·κ_k > limit``, ``κ_k = (Σ_c |w_kc| √E[A_c²])² / σ²_k``.
+
+    An entry of ``AᵀA/M`` is off by about ``unit·√(E[A_c²] E[A_d²])``, hence ``σ²_k`` by at most ``unit·κ_k`` of itself.
+
+    Args:
+        weight (Tensor[K, C]), mean (Tensor[C]), cov (Tensor[C, C]), var (Tensor[K]): as in ``through_covariance``.
+        unit: the rounding unit of the sums in ``cov``.
+        limit: the relative error of the variance that is accepted.
+    Returns:
+        Tensor[K] of booleans; False for a channel whose statistics are not finite.
+    """
+    size = weight.abs() @ (cov.diagonal() + mean * mean).sqrt()
+    return unit * size * size > limit * var
+
+
+def weight_gradient(t: Tensor, a: Tensor, b: Tensor, count: int, weight: Tensor, cov: Tensor) -> Tensor:
+    """``dW = diag(a)·T + M·diag(b)·(W Cov)`` in training.
+
+    It is ``dYᵀA`` with ``dY = a·dz + b·(Y − µ) + c``, where the mean's share ``a·Σdz·āᵀ`` of the first term and the third,
+    ``c·(M ā)ᵀ``, cancel exactly; so ``T`` is centred and the third term is absent.
+
+    Args:
+        t (Tensor[K, C]): ``dzᵀ(A − ā)``.
+        a, b (Tensor[K]): of ``backward_coefficients``. count: M.
+        weight (Tensor[K, C]), cov (Tensor[C, C]).
+    """
+    return a[:, None] * t + (b * count)[:, None] * (weight @ cov)
+
+
+def coupling(weight: Tensor, b: Tensor) -> Tensor:
+    """``G = Wᵀ diag(b) W`` ``[C, C]``: carries ``b·(Y − µ)`` of batch norm's gradient to ``dA`` as ``(A − ā)·G``."""
+    return (weight * b[:, None]).t() @ weight
+
+
+def coupling_shift(weight: Tensor, sum_dz: Tensor, count: int, mean: Tensor, g: Tensor) -> Tensor:
+    """The constant of ``dA = dz·(aW) + A·G + const``: ``−(Σdz/M)ᵀ(aW) − āᵀG``, so that the rows of ``dA`` sum to zero.
+
+    Args:
+        weight (Tensor[K, C]), g (Tensor[C, C]): ``aW`` and ``G`` *as rounded* for the two products: the constant must cancel
+            the mean of what is really summed.
+        sum_dz (Tensor[K]), count, mean (Tensor[C]): ``Σ dz`` over the M rows; ``ā``.
+    """
+    return -(sum_dz / count) @ weight - mean @ g
+
+
+# Chan's merge. Source: Chan, Golub, LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances",
+# 1979, section 2, and its matrix form.
+
+
+def merge_moments(
+    count_a: int, mean_a: Tensor, var_a: Tensor, count_b: int, mean_b: Tensor, var_b: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of two sets together.
+
+    With ``δ = mean_b − mean_a``, ``n = n_a + n_b``: ``mean = mean_a + δ·n_b/n``,
+    ``var = (n_a·var_a + n_b·var_b)/n + δ²·n_a·n_b/n²``.
+
+    Args:
+        mean_a, var_a, mean_b, var_b (Tensor[C]); counts >= 0, not both 0.
+    """
+    share_a, share_b = count_a / (count_a + count_b), count_b / (count_a + count_b)
+    delta = mean_b - mean_a
+    return mean_a + delta * share_b, share_a * var_a + share_b * var_b + delta * delta * (share_a * share_b)
+
+
+def merge_covariances(
+    count_a: int, mean_a: Tensor, cov_a: Tensor, count_b: int, mean_b: Tensor, cov_b: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``merge_moments`` for covariance matrices ``[C, C]``: ``δδᵀ`` takes the place of ``δ²``."""
+    share_a, share_b = count_a / (count_a + count_b), count_b / (count_a + count_b)
+    delta = mean_b - mean_a
+    between = torch.outer(delta, delta) * (share_a * share_b)
+    return mean_a + delta * share_b, share_a * cov_a + share_b * cov_b + between
 
 
 @torch.no_grad()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .kernels import Conv, Kernels, acc_dtype
+from ..statistics import merge_covariances
+from .kernels import Conv, Kernels, Operand, Product, acc_dtype, filter_matrix
 
 _DEAD = 255  # a pooling winner whose ReLU stops the gradient
+_GRAM_ROWS = 1 << 15  # rows that are widened to float64 at a time
 
 
 def layout_of(x: Tensor) -> torch.memory_format:
@@ -50,6 +54,22 @@ def unpack_mask(mask: Tensor, like: Tensor) -> Tensor:
     return flat.view(like.shape)
 
 
+def rows(x: Tensor, stride: tuple[int, int] = (1, 1)) -> Tensor:
+    """``[N, C, H, W]`` as the matrix ``[N·P·Q, C]``; a view of a channels_last tensor without stride."""
+    return x[:, :, :: stride[0], :: stride[1]].permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def _images(matrix: Tensor, like: Tensor) -> Tensor:
+    """The matrix ``[N·P·Q, C]`` as ``[N, C, P, Q]`` in channels_last, N, P and Q from ``like``."""
+    n, _, p, q = like.shape
+    return matrix.view(n, p, q, -1).permute(0, 3, 1, 2)
+
+
+def merge_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of weight gradients behind a batch norm: sums over rows whose cancellations must not show."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else torch.float64
+
+
 class AtenKernels(Kernels):
     """Formulas in plain PyTorch; half precision is computed in float32 and rounded once."""
 
@@ -63,12 +83,101 @@ class AtenKernels(Kernels):
             dy, x, weight, None, conv.stride, conv.padding, conv.dilation, False, (0, 0), conv.groups, which
         )
 
-    def dgrad(self, dy: Tensor, x: Tensor, weight: Tensor, conv: Conv) -> Tensor:
-        return self._conv_backward(dy, x, weight, conv, [True, False, False])[0]
+    def dgrad(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        conv: Conv,
+        residual: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        dx = self._conv_backward(dy, x, weight, conv, [True, False, False])[0].contiguous(
+            memory_format=torch.channels_last
+        )
+        if residual is None:
+            return dx
+        if mask is None:
+            return dx.add_(residual)
+        self.mask_grad_add_(dx, residual, mask)
+        return dx
 
     def wgrad(self, dy: Tensor, x: Tensor, weight: Tensor, conv: Conv) -> Tensor:
         like = weight if weight.dtype == dy.dtype else torch.empty_like(weight, dtype=dy.dtype)
         return self._conv_backward(dy, x, like, conv, [False, True, False])[1]
+
+    def gram(self, a: Operand, conv: Conv) -> tuple[Tensor, Tensor]:
+        matrix = rows(a, conv.stride)
+        count, mean, cov = 0, *(matrix.new_zeros(s, dtype=torch.float64) for s in (a.shape[1], (a.shape[1],) * 2))
+        for part in matrix.split(_GRAM_ROWS):
+            part = part.double()
+            n, centre = part.shape[0], part.mean(0)
+            part = part - centre
+            mean, cov = merge_covariances(count, mean, cov, n, centre, part.t() @ part / n)
+            count += n
+        return mean, cov
+
+    def gram_unit(self, dtype: torch.dtype) -> float:
+        return 2.0**-53
+
+    def recompute_statistics(
+        self, a: Operand, weight: Tensor, conv: Conv, flagged: Tensor, mean: Tensor, var: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        channels = flagged.nonzero().flatten()
+        if not len(channels):
+            return mean, var
+        mean, var, matrix = mean.clone(), var.clone(), rows(a, conv.stride).double()
+        for some in channels.split(32):
+            y = matrix @ filter_matrix(weight)[some].double().t()
+            var[some], mean[some] = torch.var_mean(y, 0, unbiased=False)
+        return mean, var
+
+    def fprop_bn_act(
+        self, products: Sequence[Product], shift: Tensor, residual: Tensor | None, relu: bool, save_mask: bool
+    ) -> tuple[Tensor, Tensor]:
+        acc, z = shift.dtype, channel(shift)
+        for p in products:
+            y = F.conv2d(p.a.to(acc), p.weight.to(acc), None, p.conv.stride)
+            z = z + (y if p.scale is None else y * channel(p.scale))
+        if residual is not None:
+            z = z + residual
+        out = z.to(products[0].a.dtype).contiguous(memory_format=torch.channels_last)
+        if relu:
+            out = rectify(out)
+        return out, pack_mask(~(out <= 0)) if save_mask else _no_mask(out)
+
+    def dgrad_bn_act(
+        self,
+        grad: Tensor,
+        mask: Tensor | None,
+        weight: Tensor,
+        a: Operand | None,
+        coupling: Tensor | None,
+        shift: Tensor | None,
+        conv: Conv,
+        acc: Tensor | None = None,
+    ) -> Tensor:
+        dtype = acc_dtype(grad.dtype)
+        da = rows(grad if mask is None else self.mask_grad(grad, mask)).to(dtype) @ weight.to(dtype)
+        if coupling is not None:
+            da = da + rows(a, conv.stride).to(dtype) @ coupling.to(dtype) + shift
+        da = _images(da, grad)
+        if acc is None:
+            return da.to(grad.dtype)
+        view = acc[:, :, :: conv.stride[0], :: conv.stride[1]]
+        view.copy_(view.to(dtype) + da)
+        return acc
+
+    def wgrad_bn_act(
+        self, grad: Tensor, mask: Tensor | None, operands: Sequence[tuple[Operand, Tensor | None, Conv]]
+    ) -> tuple[list[Tensor], Tensor]:
+        dtype = merge_dtype(grad.dtype)
+        dz = rows(grad if mask is None else self.mask_grad(grad, mask)).to(dtype)
+        products = []
+        for a, centre, conv in operands:
+            matrix = rows(a, conv.stride).to(dtype)
+            products.append(dz.t() @ (matrix if centre is None else matrix - centre.to(dtype)))
+        return products, dz.sum(0).to(acc_dtype(grad.dtype))
 
     def bn_stats(self, x: Tensor) -> tuple[Tensor, Tensor]:
         var, mean = torch.var_mean(x.to(acc_dtype(x.dtype)), (0, 2, 3), unbiased=False)

@@ -11,6 +11,7 @@ element of the output in memory order, set where the gradient passes: ``!(out <=
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,24 +42,142 @@ class Conv:
         return (x_shape[0], weight_shape[0], *spatial)
 
 
+@dataclass(frozen=True)
+class Pending:
+    """An activation not yet applied: ``act(scale·y + shift)``, formed in the prologue of the kernel that loads it."""
+
+    y: Tensor
+    scale: Tensor
+    shift: Tensor
+    relu: bool
+
+
+Operand = Tensor | Pending  # what a product reads: only a backend whose kernels have such a prologue makes a Pending
+
+
+@dataclass(frozen=True)
+class Product:
+    """One term of an output: ``scale ∘ conv(a, weight)``, a 1×1 convolution without groups or padding.
+
+    Attributes:
+        a: activations ``[N, C, H, W]``.
+        weight (Tensor[K, C, 1, 1]): in the dtype of the activations.
+        conv: its stride.
+        scale (Tensor[K], optional): in the accumulation dtype.
+    """
+
+    a: Operand
+    weight: Tensor
+    conv: Conv
+    scale: Tensor | None = None
+
+
+def filter_matrix(weight: Tensor) -> Tensor:
+    """A 1×1 filter ``[K, C, 1, 1]`` as the matrix ``[K, C]``."""
+    return weight.reshape(weight.shape[:2])
+
+
 class Kernels(ABC):
     """A backend: every kernel that the plans are written in."""
 
     name: str
 
+    def operand(self, y: Tensor, scale: Tensor, shift: Tensor, relu: bool, keep_y: bool) -> Operand:
+        """``act(scale·y + shift)`` as the products want it. Here: applied now, over ``y`` unless ``keep_y``."""
+        if keep_y:
+            return self.bn_act(y, scale, shift, None, relu, False)[0]
+        self.bn_act_(y, scale, shift, None, relu)
+        return y
+
     # Convolutions
 
     @abstractmethod
-    def fprop(self, x: Tensor, weight: Tensor, conv: Conv) -> Tensor:
+    def fprop(self, x: Operand, weight: Tensor, conv: Conv) -> Tensor:
         """Raw convolution output ``[N, K, P, Q]``, in the layout of ``x``."""
 
     @abstractmethod
-    def dgrad(self, dy: Tensor, x: Tensor, weight: Tensor, conv: Conv) -> Tensor:
-        """Gradient of ``fprop`` with respect to ``x`` (only the shape, dtype and layout of ``x`` count)."""
+    def dgrad(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        conv: Conv,
+        residual: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Gradient of ``fprop`` with respect to ``x`` (only the shape, dtype and layout of ``x`` count), and added to it
+        what came through the shortcut: ``residual`` where ``mask`` (everywhere without one)."""
 
     @abstractmethod
     def wgrad(self, dy: Tensor, x: Tensor, weight: Tensor, conv: Conv) -> Tensor:
         """Gradient of ``fprop`` with respect to ``weight`` (only its shape and layout count), in ``dy``'s dtype."""
+
+    # The covariance plan: 1×1 convolutions with their batch norm. A = act(…) is the operand as rows [M, C], strided as the
+    # convolution strides; dz is ``grad`` where ``mask`` (everywhere without one).
+
+    @abstractmethod
+    def gram(self, a: Operand, conv: Conv) -> tuple[Tensor, Tensor]:
+        """Mean ``[C]`` and biased covariance ``[C, C]`` of A's rows, in float64.
+
+        Numerics: partial sums merge in float64 in a fixed order; ``gram_unit`` tells how they are rounded.
+        Traffic: reads a once.
+        """
+
+    @abstractmethod
+    def gram_unit(self, dtype: torch.dtype) -> float:
+        """The rounding unit of ``gram``'s partial sums for activations of ``dtype``."""
+
+    @abstractmethod
+    def recompute_statistics(
+        self, a: Operand, weight: Tensor, conv: Conv, flagged: Tensor, mean: Tensor, var: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """``mean`` and ``var`` with those of the ``flagged`` channels taken from the products themselves.
+
+        For channels whose statistics the covariance cannot tell (``statistics.ill_conditioned``). Does nothing where nothing
+        is flagged.
+        """
+
+    @abstractmethod
+    def fprop_bn_act(
+        self, products: Sequence[Product], shift: Tensor, residual: Tensor | None, relu: bool, save_mask: bool
+    ) -> tuple[Tensor, Tensor]:
+        """``act(Σ products + shift [+ residual])`` and its mask (empty unless ``save_mask``): no raw output is made.
+
+        Numerics: products accumulate in the accumulation dtype; rounds once, at the store.
+        Traffic: reads each operand (and residual), writes 1 times the output (and one bit per element).
+        """
+
+    @abstractmethod
+    def dgrad_bn_act(
+        self,
+        grad: Tensor,
+        mask: Tensor | None,
+        weight: Tensor,
+        a: Operand | None,
+        coupling: Tensor | None,
+        shift: Tensor | None,
+        conv: Conv,
+        acc: Tensor | None = None,
+    ) -> Tensor:
+        """``dA = dz·weight + A·coupling + shift``: the gradient behind a 1×1 convolution and its batch norm.
+
+        Args:
+            weight (Tensor[K, C]): ``diag(a) W``, in the dtype of ``grad``.
+            a, coupling (Tensor[C, C]), shift (Tensor[C]): None where statistics are frozen.
+            acc (Tensor[N, C, H, W], optional): the result is added to it in place, at the pixels the convolution read; needed
+                where it strides.
+        Traffic: reads grad and a, writes dA.
+        """
+
+    @abstractmethod
+    def wgrad_bn_act(
+        self, grad: Tensor, mask: Tensor | None, operands: Sequence[tuple[Operand, Tensor | None, Conv]]
+    ) -> tuple[list[Tensor], Tensor]:
+        """``T = dzᵀ(A − centre)`` ``[K, C]`` for each ``(a, centre, conv)``, and ``Σ dz`` ``[K]``.
+
+        Numerics: partial sums merge in float64 for float32 and float64, whose T is float64; T is float32 for half precision.
+        Traffic: reads grad and each operand.
+        """
 
     # Batch norm with its activation
 

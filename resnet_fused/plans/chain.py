@@ -13,18 +13,26 @@ units. With ``y`` the raw output of a convolution, ``a`` an activation and ``(s,
               da = dgrad(dy); the pass that forms its sums also forms a again, for dw = wgrad(dy, a)
 
 Stock PyTorch keeps the activations as well as the raw outputs and passes over each tensor twice as often.
+
+The last unit, and the projection, may follow the *covariance plan* (``Unit.covariance``): sₙ and tₙ come from the mean and
+covariance of aₙ₋₁, so that yₙ never exists (docs/covariance.md)::
+
+    forward   ā, Cov = gram(aₙ₋₁)       sₙ, tₙ = through_covariance(W, ā, Cov)
+              out, mask = relu(sₙ·(aₙ₋₁ Wᵀ) + tₙ + shortcut)                       one kernel
+    save      ā and Cov in place of yₙ
+    backward  T = dzᵀ(aₙ₋₁ − ā), Σ dz                                             one kernel; dW, dγ, a, b, c, G follow
+              da = dz·(aW) + aₙ₋₁·G + const                                        one kernel
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..backends.kernels import Kernels, acc_dtype
-from ..statistics import backward_coefficients, scale_shift
+from .. import statistics
+from ..backends.kernels import Kernels, Operand, Product, acc_dtype, filter_matrix
 from .spec import Chain, Shortcut, Tail, Unit
 
 
@@ -39,37 +47,31 @@ class Norm:
     shift: Tensor
 
     @classmethod
-    def of(cls, unit: Unit, mean: Tensor, var: Tensor) -> Norm:
-        return cls(mean, var, *scale_shift(mean, var, unit.bn_weight, unit.bn_bias, unit.eps))
+    def of(cls, unit: Unit, mean: Tensor, var: Tensor, acc: torch.dtype) -> Norm:
+        vectors = (mean, var, *statistics.scale_shift(mean, var, unit.bn_weight, unit.bn_bias, unit.eps))
+        return cls(*(v.to(acc) for v in vectors))
 
-
-def _norm(k: Kernels, y: Tensor, unit: Unit) -> Norm:
-    """Batch or running statistics of the raw output ``y``, which lacks the convolution's bias."""
-    if unit.training:
-        return Norm.of(unit, *k.bn_stats(y))
-    assert unit.running_mean is not None and unit.running_var is not None
-    acc = acc_dtype(y.dtype)
-    mean = unit.running_mean.to(acc)
-    if unit.conv_bias is not None:
-        mean = mean - unit.conv_bias.to(acc)
-    return Norm.of(unit, mean, unit.running_var.to(acc))
+    @classmethod
+    def running(cls, unit: Unit, acc: torch.dtype) -> Norm:
+        """Of a frozen unit; about the raw output, which lacks the convolution's bias."""
+        assert unit.running_mean is not None and unit.running_var is not None
+        mean = unit.running_mean.to(acc)
+        if unit.conv_bias is not None:
+            mean = mean - unit.conv_bias.to(acc)
+        return cls.of(unit, mean, unit.running_var.to(acc), acc)
 
 
 def channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def _weight(unit: Unit, x: Tensor) -> Tensor:
+def weight_of(unit: Unit, x: Tensor) -> Tensor:
     """The filter in the dtype of the activations (autocast hands over float32 parameters) and in channels_last."""
     assert unit.weight is not None
     return unit.weight.to(x.dtype, memory_format=torch.channels_last)
 
 
-def _convolve(k: Kernels, x: Tensor, unit: Unit) -> Tensor:
-    return x if unit.conv is None else channels_last(k.fprop(x, _weight(unit, x), unit.conv))
-
-
-def _enter(chain: Chain, x: Tensor) -> Tensor:
+def enter(chain: Chain, x: Tensor) -> Tensor:
     """The chain's input in the layout it works in: channels_last before a convolution, else as it came if dense."""
     if chain.units[0].conv is None:
         return x if x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
@@ -82,211 +84,123 @@ def match_layout(t: Tensor, like: Tensor) -> Tensor:
     return channels_last(t) if is_channels_last else t.contiguous()
 
 
-def _activate(k: Kernels, y: Tensor, norm: Norm, residual: Tensor | None, relu: bool, keep_y: bool) -> Tensor:
-    """The activation, written over ``y`` where nobody needs ``y`` again."""
-    if keep_y:
-        return k.bn_act(y, norm.scale, norm.shift, residual, relu, False)[0]
-    k.bn_act_(y, norm.scale, norm.shift, residual, relu)
-    return y
+def moments_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which ā and Cov are saved: one in which W·Cov may cancel down to the precision of the activations."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else torch.float64
+
+
+class _Forward:
+    """One forward pass: the norms so far, unit by unit, and what the backward will need."""
+
+    def __init__(self, k: Kernels, chain: Chain, x: Tensor, save: bool):
+        self.k, self.x, self.save = k, x, save
+        self.acc = acc_dtype(x.dtype)
+        self.norms: list[Norm] = []
+        self.raw: list[Tensor] = []
+        self.moments: list[Tensor] = []
+
+    def convolve(self, a: Operand, unit: Unit) -> tuple[Tensor, Norm]:
+        """The raw output and its batch norm."""
+        y = a if unit.conv is None else channels_last(self.k.fprop(a, weight_of(unit, self.x), unit.conv))
+        if unit.training:
+            norm = Norm.of(unit, *self.k.bn_stats(y), self.acc)
+        else:
+            norm = Norm.running(unit, self.acc)
+        self.norms.append(norm)
+        if self.save and unit.conv is not None:
+            self.raw.append(y)
+        return y, norm
+
+    def product(self, a: Operand, unit: Unit) -> tuple[Product, Tensor]:
+        """The convolution scaled by its batch norm, and the shift: nothing is computed but the statistics."""
+        assert unit.conv is not None
+        weight = weight_of(unit, self.x)
+        if unit.training:
+            mean, cov = self.k.gram(a, unit.conv)
+            norm = Norm.of(unit, *self._through(a, unit, weight, mean, cov), self.acc)
+            if self.save:
+                self.moments.append(torch.cat([mean[None], cov]).to(moments_dtype(self.x.dtype)))
+        else:
+            norm = Norm.running(unit, self.acc)
+        self.norms.append(norm)
+        return Product(a, weight, unit.conv, norm.scale), norm.shift
+
+    def _through(self, a: Operand, unit: Unit, weight: Tensor, mean: Tensor, cov: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance of the output that is never made; from the products where Cov cannot tell them."""
+        assert unit.conv is not None
+        w = filter_matrix(weight).to(cov.dtype)
+        out_mean, out_var = statistics.through_covariance(w, mean, cov)
+        unit_roundoff, limit = self.k.gram_unit(self.x.dtype), torch.finfo(self.x.dtype).eps / 8
+        flagged = statistics.ill_conditioned(w, mean, cov, out_var, unit_roundoff, limit)
+        return self.k.recompute_statistics(a, weight, unit.conv, flagged, out_mean, out_var)
+
+    def statistics(self) -> Tensor:
+        return torch.stack([torch.cat([n.mean for n in self.norms]), torch.cat([n.var for n in self.norms])])
 
 
 def forward(k: Kernels, chain: Chain, x: Tensor, residual: Tensor | None, save: bool) -> list[Tensor]:
     """The chain's output, its statistics, and what the backward needs.
 
     Returns:
-        ``[out, statistics]`` and, if ``save``, the raw outputs of the units that have a convolution and the mask (or the
-        pooling winners). ``statistics`` is ``[2, Σ K]``: mean and biased variance of the raw
-        outputs, unit by unit; empty when nothing is saved and every unit is frozen.
+        ``[out, statistics]`` and, if ``save``, the raw outputs of the units that have a convolution, or for those of the
+        covariance plan in training ``[C + 1, C]``: ā and Cov of the input; and the mask (or the pooling winners).
+        ``statistics`` is ``[2, Σ K]``: mean and biased variance of the raw outputs, unit by unit; empty when nothing is saved
+        and every unit is frozen.
     """
-    x = _enter(chain, x)
-    raw: list[Tensor] = []
-    norms: list[Norm] = []
+    x = enter(chain, x)
+    walk = _Forward(k, chain, x, save)
+    relu = chain.tail == Tail.RELU
+    save_mask = save and chain.saves_mask
 
-    def convolve(a: Tensor, unit: Unit) -> tuple[Tensor, Norm]:
-        y = _convolve(k, a, unit)
-        norm = _norm(k, y, unit)
-        norms.append(norm)
-        if save and unit.conv is not None:
-            raw.append(y)
-        return y, norm
-
-    a = x
+    a: Operand = x
     *inner, last = chain.path
     for unit in inner:
-        y, norm = convolve(a, unit)
-        a = _activate(k, y, norm, None, unit.relu, keep_y=save or unit.conv is None)
-    y, norm = convolve(a, last)
+        y, norm = walk.convolve(a, unit)
+        a = k.operand(y, norm.scale, norm.shift, unit.relu, keep_y=save or unit.conv is None)
+    products: list[Product] = []
+    if last.covariance:
+        product, shift = walk.product(a, last)
+        products.append(product)
+    else:
+        y, norm = walk.convolve(a, last)
 
     if chain.shortcut == Shortcut.IDENTITY:
         residual = x
     elif chain.shortcut == Shortcut.PROJECTION:
-        projected, projection_norm = convolve(x, chain.units[-1])
-        residual = _activate(k, projected, projection_norm, None, relu=False, keep_y=save)
+        projection = chain.units[-1]
+        if projection.covariance:
+            product, projected_shift = walk.product(x, projection)
+            if last.covariance:
+                products.append(product)
+                shift = shift + projected_shift
+            else:
+                residual = k.fprop_bn_act([product], projected_shift, None, relu=False, save_mask=False)[0]
+        else:
+            projected, projected_norm = walk.convolve(x, projection)
+            if save:
+                residual = k.bn_act(projected, projected_norm.scale, projected_norm.shift, None, False, False)[0]
+            else:
+                k.bn_act_(projected, projected_norm.scale, projected_norm.shift, None, False)
+                residual = projected
     elif residual is not None:
-        residual = match_layout(residual, y)
+        residual = channels_last(residual) if last.covariance else match_layout(residual, y)
 
     extra: list[Tensor] = []
     if chain.tail == Tail.RELU_MAXPOOL:
         out, index = k.bn_relu_maxpool(y, norm.scale, norm.shift)
         extra = [index]
+    elif last.covariance:
+        out, mask = k.fprop_bn_act(products, shift, residual, relu, save_mask)
+        extra = [mask] if save_mask else []
     elif save or last.conv is None:
-        out, mask = k.bn_act(y, norm.scale, norm.shift, residual, chain.tail == Tail.RELU, save and chain.saves_mask)
-        extra = [mask] if chain.saves_mask else []
+        out, mask = k.bn_act(y, norm.scale, norm.shift, residual, relu, save_mask)
+        extra = [mask] if save_mask else []
     else:
-        out = _activate(k, y, norm, residual, chain.tail == Tail.RELU, keep_y=False)
+        k.bn_act_(y, norm.scale, norm.shift, residual, relu)
+        out = y
 
     if save or any(unit.training for unit in chain.units):
-        statistics = torch.stack([torch.cat([n.mean for n in norms]), torch.cat([n.var for n in norms])])
+        found = walk.statistics()
     else:
-        statistics = norm.mean.new_empty(2, 0)
-    return [out, statistics, *(raw + extra if save else [])]
-
-
-@dataclass(frozen=True)
-class Needs:
-    """Which gradients are asked for: of the input, of the residual, and of each of ``Chain.parameters()``."""
-
-    x: bool
-    residual: bool
-    parameters: tuple[bool, ...]
-
-
-def _rows(y: Tensor) -> int:
-    return y.shape[0] * y.shape[2] * y.shape[3]
-
-
-class _Backward:
-    """One backward pass: the gradients found so far, and how one unit adds its own."""
-
-    def __init__(self, k: Kernels, chain: Chain, saved: Sequence[Tensor], needs: Needs, x: Tensor):
-        self.k, self.chain, self.needs = k, chain, needs
-        statistics, *rest = saved
-        widths = [unit.channels for unit in chain.units]
-        self.norms = [
-            Norm.of(unit, mean, var)
-            for unit, mean, var in zip(
-                chain.units, statistics[0].split(widths), statistics[1].split(widths), strict=True
-            )
-        ]
-        outputs = iter(rest)
-        self.raw = [x if unit.conv is None else next(outputs) for unit in chain.units]
-        self.extra = next(outputs, None)
-        self.offsets = [sum(len(u.parameters()) for u in chain.units[:i]) for i in range(len(chain.units))]
-        self.gradients: list[Tensor | None] = [None] * len(needs.parameters)
-
-    def wanted(self, i: int, which: int = 0) -> bool:
-        """Whether parameter ``which`` of unit ``i`` needs its gradient (0: the filter, where there is one)."""
-        return self.needs.parameters[self.offsets[i] + which]
-
-    def any_wanted_below(self, i: int) -> bool:
-        """Whether anything in front of unit ``i``'s convolution needs a gradient."""
-        return self.needs.x or any(self.needs.parameters[: self.offsets[i]])
-
-    def coefficients(self, i: int, sum_dz: Tensor, sum_dz_centred: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(a, b, c) of unit ``i``; stores the gradients of its batch norm and of its convolution's bias."""
-        unit, norm = self.chain.units[i], self.norms[i]
-        count = _rows(self.raw[i])
-        a, b, c, dweight = backward_coefficients(sum_dz, sum_dz_centred, norm.rstd, norm.scale, count, unit.training)
-        found = [dweight.to(unit.bn_weight.dtype), sum_dz.to(unit.bn_bias.dtype)]
-        if unit.conv_bias is not None:
-            # A bias in front of batch statistics cancels: its gradient is exactly zero (or NaN).
-            bias_grad = (b + c) * 0 if unit.training else norm.scale * sum_dz
-            found.insert(0, bias_grad.to(unit.conv_bias.dtype))
-        first = self.offsets[i] + (unit.weight is not None)
-        self.gradients[first : first + len(found)] = found
-        return a, b, c
-
-    def through_norm(
-        self, i: int, grad: Tensor, mask: Tensor | None, relu: bool, want_activation: bool, inplace: bool
-    ) -> tuple[Tensor, Tensor]:
-        """From the gradient behind unit ``i``'s activation to the one at its raw output; and the activation, if wanted."""
-        norm, y = self.norms[i], self.raw[i]
-        sum_dz, sum_dz_centred, activation = self.k.bn_act_backward_reduce(
-            grad, y, mask, norm.mean, norm.scale, norm.shift, relu, want_activation
-        )
-        abc = self.coefficients(i, sum_dz, sum_dz_centred)
-        dy = self.k.bn_act_backward(grad, y, mask, norm.mean, norm.scale, norm.shift, relu, abc, inplace)
-        return dy, activation
-
-    def through_pool(self, i: int, grad: Tensor) -> Tensor:
-        assert self.extra is not None
-        norm, y = self.norms[i], self.raw[i]
-        sums = self.k.bn_relu_maxpool_backward_reduce(grad, self.extra, y, norm.mean)
-        return self.k.bn_relu_maxpool_backward(grad, self.extra, y, norm.mean, self.coefficients(i, *sums))
-
-    def wgrad(self, i: int, dy: Tensor, a: Tensor) -> None:
-        unit = self.chain.units[i]
-        assert unit.conv is not None and unit.weight is not None
-        self.gradients[self.offsets[i]] = self.k.wgrad(dy, a, unit.weight, unit.conv).to(unit.weight.dtype)
-
-    def dgrad(self, i: int, dy: Tensor, like: Tensor) -> Tensor:
-        unit = self.chain.units[i]
-        assert unit.conv is not None
-        return channels_last(self.k.dgrad(dy, like, _weight(unit, like), unit.conv))
-
-
-def backward(
-    k: Kernels, chain: Chain, grad: Tensor, x: Tensor, saved: Sequence[Tensor], needs: Needs
-) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
-    """Gradients of the input, of the residual, and of ``Chain.parameters()``; None where not needed.
-
-    Args:
-        grad: gradient of the output.
-        x: the chain's input, as the forward got it.
-        saved: the forward's outputs from ``statistics`` on.
-    """
-    x = _enter(chain, x)
-    walk = _Backward(k, chain, saved, needs, x)
-    last = len(chain.path) - 1
-    relu = chain.tail == Tail.RELU
-    mask = walk.extra if chain.saves_mask else None
-
-    if chain.tail == Tail.RELU_MAXPOOL:
-        dy = walk.through_pool(last, channels_last(grad))
-    else:
-        grad = match_layout(grad, walk.raw[last])
-        dy, _ = walk.through_norm(last, grad, mask, relu, want_activation=False, inplace=False)
-
-    dx: Tensor | None = None
-    for i in range(last, -1, -1):
-        if chain.units[i].conv is None:
-            dx = dy
-            break
-        below = walk.raw[i - 1] if i else x
-        da = walk.dgrad(i, dy, below) if walk.any_wanted_below(i) else None
-        if i == 0:
-            if walk.wanted(0):
-                walk.wgrad(0, dy, x)
-            dx = da
-        elif da is not None:
-            inner_relu = chain.units[i - 1].relu
-            dy_below, a = walk.through_norm(i - 1, da, None, inner_relu, want_activation=walk.wanted(i), inplace=True)
-            if walk.wanted(i):
-                walk.wgrad(i, dy, a)
-            dy = dy_below
-        else:
-            if walk.wanted(i):
-                norm = walk.norms[i - 1]
-                walk.wgrad(i, dy, k.bn_act(below, norm.scale, norm.shift, None, chain.units[i - 1].relu, False)[0])
-            break
-
-    dresidual: Tensor | None = None
-    if chain.shortcut == Shortcut.PROJECTION:
-        i = len(chain.units) - 1
-        if needs.x or any(needs.parameters[walk.offsets[i] :]):
-            dy, _ = walk.through_norm(i, grad, mask, relu, want_activation=False, inplace=False)
-            if walk.wanted(i):
-                walk.wgrad(i, dy, x)
-            if needs.x:
-                assert dx is not None
-                dx.add_(walk.dgrad(i, dy, x))
-    elif chain.shortcut == Shortcut.IDENTITY and needs.x:
-        assert dx is not None
-        if mask is None:
-            dx.add_(grad)
-        else:
-            k.mask_grad_add_(dx, grad, mask)
-    elif chain.shortcut == Shortcut.TENSOR and needs.residual:
-        dresidual = grad.clone() if mask is None else k.mask_grad(grad, mask)
-
-    return dx if needs.x else None, dresidual, walk.gradients
+        found = x.new_empty((2, 0), dtype=walk.acc)
+    return [out, found, *(walk.raw + walk.moments + extra if save else [])]

@@ -40,6 +40,7 @@ class Unit:
         conv: geometry of the convolution; None exactly when ``weight`` is.
         training: batch statistics; else ``running_mean`` and ``running_var``.
         relu: the ReLU between this unit and the next (the last unit's is the chain's tail).
+        covariance: batch statistics from the covariance of the input, and no raw output; ``plans.choice`` decides.
     """
 
     weight: Tensor | None
@@ -52,6 +53,7 @@ class Unit:
     training: bool
     relu: bool
     eps: float
+    covariance: bool = False
 
     @property
     def channels(self) -> int:
@@ -77,8 +79,8 @@ class Chain:
 
     @property
     def saves_mask(self) -> bool:
-        """Whether the backward needs the output's ReLU mask: without a shortcut it is formed again from the last raw output."""
-        return self.shortcut != Shortcut.NONE and self.tail == Tail.RELU
+        """Whether the backward needs the output's ReLU mask: without a shortcut a raw output is enough to form it again."""
+        return self.tail == Tail.RELU and (self.shortcut != Shortcut.NONE or self.path[-1].covariance)
 
     def parameters(self) -> list[Tensor]:
         return [p for unit in self.units for p in unit.parameters()]
@@ -89,7 +91,7 @@ class Chain:
         integers = [int(self.shortcut), int(self.tail)]
         for unit in self.units:
             conv = unit.conv or Conv()
-            integers += [unit.weight is not None, unit.conv_bias is not None, unit.training, unit.relu]
+            integers += [unit.weight is not None, unit.conv_bias is not None, unit.training, unit.relu, unit.covariance]
             integers += [*conv.stride, *conv.padding, *conv.dilation, conv.groups]
         return (
             self.parameters(),
@@ -99,7 +101,7 @@ class Chain:
         )
 
 
-_INTEGERS_PER_UNIT = 11
+_INTEGERS_PER_UNIT = 12
 
 
 def unflatten(
@@ -110,7 +112,7 @@ def unflatten(
     units = []
     for i, unit_eps in enumerate(eps):
         start = 2 + i * _INTEGERS_PER_UNIT
-        has_weight, has_bias, training, relu, *geometry = integers[start : start + _INTEGERS_PER_UNIT]
+        has_weight, has_bias, training, relu, covariance, *geometry = integers[start : start + _INTEGERS_PER_UNIT]
         conv = Conv((geometry[0], geometry[1]), (geometry[2], geometry[3]), (geometry[4], geometry[5]), geometry[6])
         units.append(
             Unit(
@@ -124,6 +126,7 @@ def unflatten(
                 training=bool(training),
                 relu=bool(relu),
                 eps=unit_eps,
+                covariance=bool(covariance),
             )
         )
     return Chain(tuple(units), Shortcut(integers[0]), Tail(integers[1]))

@@ -1,0 +1,255 @@
+"""The backward of a chain; the module ``chain`` tells the plan, and has the forward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import statistics
+from ..backends.kernels import Conv, Kernels, Operand, filter_matrix
+from .chain import Norm, channels_last, enter, match_layout, weight_of
+from .spec import Chain, Shortcut, Tail
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Which gradients are asked for: of the input, of the residual, and of each of ``Chain.parameters()``."""
+
+    x: bool
+    residual: bool
+    parameters: tuple[bool, ...]
+
+
+def _rows(y: Tensor) -> int:
+    return y.shape[0] * y.shape[2] * y.shape[3]
+
+
+class _Backward:
+    """One backward pass: the gradients found so far, and how one unit adds its own."""
+
+    def __init__(self, k: Kernels, chain: Chain, saved: Sequence[Tensor], needs: Needs, x: Tensor):
+        self.k, self.chain, self.needs, self.x = k, chain, needs, x
+        found, *rest = saved
+        widths = [unit.channels for unit in chain.units]
+        self.norms = [
+            Norm.of(unit, mean, var, found.dtype)
+            for unit, mean, var in zip(chain.units, found[0].split(widths), found[1].split(widths), strict=True)
+        ]
+        outputs = iter(rest)
+        # The raw output; x for a batch norm alone; None under the covariance plan, which has the input's moments instead.
+        self.raw = [x if unit.conv is None else None if unit.covariance else next(outputs) for unit in chain.units]
+        self.moments = [next(outputs) if unit.covariance and unit.training else None for unit in chain.units]
+        self.extra = next(outputs, None)
+        self.offsets = [sum(len(u.parameters()) for u in chain.units[:i]) for i in range(len(chain.units))]
+        self.gradients: list[Tensor | None] = [None] * len(needs.parameters)
+        self.feedback: dict[int, tuple[Tensor, Tensor]] = {}  # b and Σ dz of the units under the covariance plan
+
+    def wanted(self, i: int, which: int = 0) -> bool:
+        """Whether parameter ``which`` of unit ``i`` needs its gradient (0: the filter, where there is one)."""
+        return self.needs.parameters[self.offsets[i] + which]
+
+    def any_parameter_wanted(self, i: int) -> bool:
+        first = self.offsets[i]
+        return any(self.needs.parameters[first : first + len(self.chain.units[i].parameters())])
+
+    def any_wanted_below(self, i: int) -> bool:
+        """Whether anything in front of unit ``i``'s convolution needs a gradient."""
+        return self.needs.x or any(self.needs.parameters[: self.offsets[i]])
+
+    def coefficients(self, i: int, sum_dz: Tensor, sum_dz_centred: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(a, b, c) of unit ``i``; stores the gradients of its batch norm and of its convolution's bias."""
+        unit, norm = self.chain.units[i], self.norms[i]
+        a, b, c, dweight = statistics.backward_coefficients(
+            sum_dz, sum_dz_centred, norm.rstd, norm.scale, count, unit.training
+        )
+        found = [dweight.to(unit.bn_weight.dtype), sum_dz.to(unit.bn_bias.dtype)]
+        if unit.conv_bias is not None:
+            # A bias in front of batch statistics cancels: its gradient is exactly zero (or NaN).
+            bias_grad = (b + c) * 0 if unit.training else norm.scale * sum_dz
+            found.insert(0, bias_grad.to(unit.conv_bias.dtype))
+        first = self.offsets[i] + (unit.weight is not None)
+        self.gradients[first : first + len(found)] = found
+        return a, b, c
+
+    def through_norm(
+        self, i: int, grad: Tensor, mask: Tensor | None, relu: bool, want_activation: bool, inplace: bool
+    ) -> tuple[Tensor, Tensor]:
+        """From the gradient behind unit ``i``'s activation to the one at its raw output; and the activation, if wanted."""
+        norm, y = self.norms[i], self.raw[i]
+        assert y is not None
+        sum_dz, sum_dz_centred, activation = self.k.bn_act_backward_reduce(
+            grad, y, mask, norm.mean, norm.scale, norm.shift, relu, want_activation
+        )
+        abc = self.coefficients(i, sum_dz, sum_dz_centred, _rows(y))
+        dy = self.k.bn_act_backward(grad, y, mask, norm.mean, norm.scale, norm.shift, relu, abc, inplace)
+        return dy, activation
+
+    def through_pool(self, i: int, grad: Tensor) -> Tensor:
+        norm, y = self.norms[i], self.raw[i]
+        assert self.extra is not None and y is not None
+        sums = self.k.bn_relu_maxpool_backward_reduce(grad, self.extra, y, norm.mean)
+        return self.k.bn_relu_maxpool_backward(grad, self.extra, y, norm.mean, self.coefficients(i, *sums, _rows(y)))
+
+    def operand(self, i: int) -> Operand:
+        """What unit ``i`` read: the chain's input, or formed again from the raw output below."""
+        if i == 0 or i == len(self.chain.path):
+            return self.x
+        norm, y = self.norms[i - 1], self.raw[i - 1]
+        assert y is not None
+        return self.k.operand(y, norm.scale, norm.shift, self.chain.units[i - 1].relu, keep_y=True)
+
+    def through_products(self, operands: dict[int, Operand], grad: Tensor, mask: Tensor | None) -> None:
+        """The gradients of the parameters of one unit or two under the covariance plan, from one pass over ``grad``."""
+        triples = []
+        for i, a in operands.items():
+            moments = self.moments[i]
+            triples.append((a, None if moments is None else moments[0], self.conv(i)))
+        products, sum_dz = self.k.wgrad_bn_act(grad, mask, triples)
+        for i, t in zip(operands, products, strict=True):
+            self._through_product(i, t, sum_dz, _rows(grad))
+
+    def _through_product(self, i: int, t: Tensor, sum_dz: Tensor, count: int) -> None:
+        unit, norm, moments = self.chain.units[i], self.norms[i], self.moments[i]
+        w = filter_matrix(weight_of(unit, self.x)).to(t.dtype)
+        sum_dz_centred = (w * t).sum(1)
+        if moments is None:  # T is about 0, the norm about its running mean
+            sum_dz_centred = sum_dz_centred - norm.mean * sum_dz
+        a, b, _ = self.coefficients(i, sum_dz, sum_dz_centred.to(norm.mean.dtype), count)
+        self.feedback[i] = (b, sum_dz)
+        if self.wanted(i):
+            if moments is None:
+                dweight = a[:, None] * t
+            else:
+                dweight = statistics.weight_gradient(t, a, b, count, w, moments[1:])
+            self.gradients[self.offsets[i]] = dweight.view(unit.weight.shape).to(unit.weight.dtype)
+
+    def dgrad_through_product(
+        self, i: int, a: Operand, grad: Tensor, mask: Tensor | None, acc: Tensor | None = None
+    ) -> Tensor:
+        """The gradient at what unit ``i`` read, under the covariance plan; added to ``acc`` where there is one."""
+        unit, norm, moments = self.chain.units[i], self.norms[i], self.moments[i]
+        dtype, w = grad.dtype, filter_matrix(weight_of(unit, self.x)).to(norm.mean.dtype)
+        scaled = (norm.scale[:, None] * w).to(dtype)
+        if moments is None:
+            return self.k.dgrad_bn_act(grad, mask, scaled, None, None, None, self.conv(i), acc)
+        b, sum_dz = self.feedback[i]
+        g = statistics.coupling(w, b).to(dtype)
+        mean = moments[0].to(w.dtype)
+        shift = statistics.coupling_shift(scaled.to(w.dtype), sum_dz, _rows(grad), mean, g.to(w.dtype))
+        return self.k.dgrad_bn_act(grad, mask, scaled, a, g, shift, self.conv(i), acc)
+
+    def conv(self, i: int) -> Conv:
+        conv = self.chain.units[i].conv
+        assert conv is not None
+        return conv
+
+    def wgrad(self, i: int, dy: Tensor, a: Tensor) -> None:
+        unit = self.chain.units[i]
+        assert unit.weight is not None
+        self.gradients[self.offsets[i]] = self.k.wgrad(dy, a, unit.weight, self.conv(i)).to(unit.weight.dtype)
+
+    def dgrad(
+        self, i: int, dy: Tensor, like: Tensor, residual: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        weight = weight_of(self.chain.units[i], like)
+        return channels_last(self.k.dgrad(dy, like, weight, self.conv(i), residual, mask))
+
+    def descend(self, last: int, dy: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor | None:
+        """From the gradient at the raw output of unit ``last`` down the path to the chain's input, where ``residual`` (where
+        ``mask``) is added; None where the input needs no gradient."""
+        for i in range(last, -1, -1):
+            if self.chain.units[i].conv is None:
+                return dy if residual is None else self.add_residual(dy, residual, mask)
+            below = self.raw[i - 1] if i else self.x
+            assert below is not None
+            if i == 0:
+                if self.wanted(0):
+                    self.wgrad(0, dy, self.x)
+                return self.dgrad(0, dy, self.x, residual, mask) if self.needs.x else None
+            if not self.any_wanted_below(i):
+                if self.wanted(i):
+                    self.wgrad(i, dy, self.operand(i))
+                return None
+            relu, da = self.chain.units[i - 1].relu, self.dgrad(i, dy, below)
+            dy_below, a = self.through_norm(i - 1, da, None, relu, want_activation=self.wanted(i), inplace=True)
+            if self.wanted(i):
+                self.wgrad(i, dy, a)
+            dy = dy_below
+        raise AssertionError("a path has a first unit")
+
+    def add_residual(self, dx: Tensor, residual: Tensor, mask: Tensor | None) -> Tensor:
+        if mask is None:
+            return dx.add_(residual)
+        self.k.mask_grad_add_(dx, residual, mask)
+        return dx
+
+
+def backward(
+    k: Kernels, chain: Chain, grad: Tensor, x: Tensor, saved: Sequence[Tensor], needs: Needs
+) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
+    """Gradients of the input, of the residual, and of ``Chain.parameters()``; None where not needed.
+
+    Args:
+        grad: gradient of the output.
+        x: the chain's input, as the forward got it.
+        saved: the forward's outputs from ``statistics`` on.
+    """
+    x = enter(chain, x)
+    walk = _Backward(k, chain, saved, needs, x)
+    last, projection = len(chain.path) - 1, len(chain.path)
+    has_projection = chain.shortcut == Shortcut.PROJECTION
+    relu = chain.tail == Tail.RELU
+    mask = walk.extra if chain.saves_mask else None
+    if chain.tail == Tail.RELU_MAXPOOL or chain.units[last].covariance:
+        grad = channels_last(grad)
+    else:
+        grad = match_layout(grad, walk.raw[last])
+
+    operands: dict[int, Operand] = {}
+    for i in [last, projection] if has_projection else [last]:
+        unit, below = chain.units[i], walk.any_wanted_below(i) if i == last else needs.x
+        if unit.covariance and (walk.any_parameter_wanted(i) or (unit.training and below)):
+            operands[i] = walk.operand(i)
+    if operands:
+        walk.through_products(operands, grad, mask)
+
+    residual = grad if chain.shortcut == Shortcut.IDENTITY else None
+    dx: Tensor | None = None
+    if not chain.units[last].covariance:
+        if chain.tail == Tail.RELU_MAXPOOL:
+            dy = walk.through_pool(last, grad)
+        else:
+            dy, _ = walk.through_norm(last, grad, mask, relu, want_activation=False, inplace=False)
+        dx = walk.descend(last, dy, residual, mask)
+    elif walk.any_wanted_below(last):
+        below = x if last == 0 else walk.raw[last - 1]
+        assert below is not None
+        acc = None if walk.conv(last).stride == (1, 1) else torch.zeros_like(below)
+        da = walk.dgrad_through_product(last, operands.get(last), grad, mask, acc)
+        if last == 0:
+            dx = da if residual is None else walk.add_residual(da, residual, mask)
+        else:
+            operands.pop(last, None)
+            dy, _ = walk.through_norm(
+                last - 1, da, None, chain.units[last - 1].relu, want_activation=False, inplace=True
+            )
+            dx = walk.descend(last - 1, dy, residual, mask)
+
+    if has_projection and chain.units[projection].covariance:
+        if needs.x:
+            walk.dgrad_through_product(projection, operands.get(projection), grad, mask, dx)
+    elif has_projection and (needs.x or walk.any_parameter_wanted(projection)):
+        dy, _ = walk.through_norm(projection, grad, mask, relu, want_activation=False, inplace=False)
+        if walk.wanted(projection):
+            walk.wgrad(projection, dy, x)
+        if needs.x:
+            assert dx is not None
+            dx.add_(walk.dgrad(projection, dy, x))
+
+    dresidual: Tensor | None = None
+    if chain.shortcut == Shortcut.TENSOR and needs.residual:
+        dresidual = grad.clone() if mask is None else k.mask_grad(grad, mask)
+    return dx if needs.x else None, dresidual, walk.gradients

@@ -1,0 +1,80 @@
+"""Which plan a unit follows: the covariance plan, or statistics of its raw output (*genstats*)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+from .spec import Chain, Shortcut, Tail, Unit
+
+ENVIRONMENT_VARIABLE = "RESNET_FUSED_COVARIANCE"
+CHOICES = ("auto", "always", "never")
+
+_current: str | None = None  # until set_covariance: what the environment says, looked at on first use
+
+
+def _validated(name: str, source: str) -> str:
+    if name not in CHOICES:
+        raise ValueError(f"{source}: expected one of {', '.join(CHOICES)}, got {name!r}")
+    return name
+
+
+def current() -> str:
+    """The user's choice: of ``set_covariance``, or of the environment variable, or "auto".
+
+    Raises:
+        ValueError: the environment variable holds something else.
+    """
+    global _current
+    if _current is None:
+        _current = _validated(os.environ.get(ENVIRONMENT_VARIABLE) or "auto", ENVIRONMENT_VARIABLE)
+    return _current
+
+
+def set_covariance(choice: str) -> None:
+    """Where the covariance plan is used from now on, in every thread; the results are the same up to rounding.
+
+    Args:
+        choice: "auto": for 1×1 convolutions that expand (more output than input channels), where it saves memory and
+            traffic. "always": for every 1×1 convolution without groups, as a memory option. "never": nowhere.
+    Raises:
+        ValueError: for anything else.
+    """
+    global _current
+    _current = _validated(choice, "set_covariance")
+
+
+@contextmanager
+def covariance(choice: str) -> Iterator[None]:
+    """``set_covariance(choice)`` for the duration of a ``with`` block; a backward follows the plan of its forward."""
+    previous = current()
+    set_covariance(choice)
+    try:
+        yield
+    finally:
+        set_covariance(previous)
+
+
+def _follows_covariance(unit: Unit) -> bool:
+    if unit.conv is None or unit.weight is None:
+        return False
+    channels_out, channels_in, *filter_size = unit.weight.shape
+    possible = filter_size == [1, 1] and unit.conv.groups == 1 and unit.conv.padding == (0, 0)
+    wish = current()
+    return possible and (wish == "always" or (wish == "auto" and channels_out > channels_in))
+
+
+def choose_plans(chain: Chain) -> Chain:
+    """The chain with ``Unit.covariance`` set: for the unit in front of the shortcut, and for the projection.
+
+    Only channels, groups, filter and stride count, never the number of rows, so that one exported graph serves every batch.
+    A unit further inside would have to keep its activation in place of its raw output, and save nothing.
+    """
+    last = len(chain.path) - 1
+    eligible = {last} if chain.tail != Tail.RELU_MAXPOOL else set()
+    if chain.shortcut == Shortcut.PROJECTION:
+        eligible.add(last + 1)
+    units = [replace(u, covariance=i in eligible and _follows_covariance(u)) for i, u in enumerate(chain.units)]
+    return replace(chain, units=tuple(units))
