@@ -18,6 +18,7 @@ from .models import (
     wide_resnet50_2,
     wide_resnet101_2,
 )
+from .plans.choice import covariance, set_covariance
 from .version import __version__
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "__version__",
     "available_backends",
     "backend",
+    "covariance",
     "fuse",
     "load",
     "optimize_for_inference",
@@ -43,6 +45,7 @@ __all__ = [
     "resnext101_32x8d",
     "resnext101_64x4d",
     "set_backend",
+    "set_covariance",
     "unavailable_backends",
     "unfuse",
     "wide_resnet50_2",

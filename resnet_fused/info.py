@@ -19,6 +19,7 @@ from .version import __version__
 # (name, default, meaning): the one table of every environment variable that this package reads.
 ENVIRONMENT = (
     ("RESNET_FUSED_BACKEND", "auto", "backend in use from the start: auto, aten or cpu"),
+    ("RESNET_FUSED_COVARIANCE", "auto", "where the covariance plan is used from the start: auto, always or never"),
     (
         "RESNET_FUSED_CPU_CAPABILITY",
         "the best there is",

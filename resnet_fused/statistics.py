@@ -93,15 +93,15 @@ def coupling(weight: Tensor, b: Tensor) -> Tensor:
     return (weight * b[:, None]).t() @ weight
 
 
-def coupling_shift(weight: Tensor, sum_dz: Tensor, count: int, mean: Tensor, g: Tensor) -> Tensor:
-    """The constant of ``dA = dz·(aW) + A·G + const``: ``−(Σdz/M)ᵀ(aW) − āᵀG``, so that the rows of ``dA`` sum to zero.
+def coupling_shift(weight: Tensor, mean_dz: Tensor, coupling: Tensor, mean_a: Tensor) -> Tensor:
+    """The constant of ``dA = dz·(aW) + A·G + const``: ``−mean_dzᵀ(aW) − āᵀG``, so that the rows of ``dA`` sum to zero.
 
     Args:
-        weight (Tensor[K, C]), g (Tensor[C, C]): ``aW`` and ``G`` *as rounded* for the two products: the constant must cancel
-            the mean of what is really summed.
-        sum_dz (Tensor[K]), count, mean (Tensor[C]): ``Σ dz`` over the M rows; ``ā``.
+        weight (Tensor[K, C]), coupling (Tensor[C, C]): ``aW`` and ``G`` *as rounded* for the two products: the constant must
+            cancel the mean of what is really summed.
+        mean_dz (Tensor[K]), mean_a (Tensor[C]): over the M rows.
     """
-    return -(sum_dz / count) @ weight - mean @ g
+    return -mean_dz @ weight.to(mean_dz.dtype) - mean_a @ coupling.to(mean_a.dtype)
 
 
 # Chan's merge. Source: Chan, Golub, LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances",

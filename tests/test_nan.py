@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 
@@ -51,10 +52,11 @@ def assert_same_pattern(ours: dict[str, Tensor], stock: dict[str, Tensor], infin
 
 
 def without_infinities(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Infinities as NaN: all that an infinite weight of a training norm leaves to compare.
+    """Infinities as NaN: all that an infinite weight, running mean or gradient leaves to compare.
 
     The gradient is formed as ``a·dz + b·(x − mean) + c``, the weight in a, b and c: inf − inf is NaN where stock, which
-    multiplies by the weight last, has an infinity.
+    multiplies by the weight last, has an infinity. The covariance plan sums the first term over the channels before the
+    second is taken from it, and finds ``Σ dz·(y − mean)`` as a sum over channels too.
     """
     return {name: torch.where(t.isinf(), math.nan, t) for name, t in tensors.items()}
 
@@ -201,13 +203,32 @@ def compare_module(
         made = torch.randn(out.shape, generator=generator).to(out.dtype)
         return _plant(made, value) if where == "gradient" else made
 
+    gold = copy.deepcopy(stock).double()
     found, expected = module_results(ours, inputs, gradient), module_results(stock, inputs, gradient)
-    if where == "norm weight" and math.isinf(value):
+    if where in ("norm weight", "conv weight", "running mean", "gradient") and math.isinf(value):
         found, expected = without_infinities(found), without_infinities(expected)
     if coarse:
         found, expected = any_nan(found), any_nan(expected)
     # Infinities beyond one operator depend on the order of a convolution's sums, which its layout decides.
-    assert_same_pattern(found, expected, infinities=False)
+    try:
+        assert_same_pattern(found, expected, infinities=False)
+    except AssertionError:
+        if inputs[0].dtype != torch.bfloat16 or coarse:
+            raise
+        exact = module_results(
+            gold, [x.detach().double() for x in inputs], lambda out: gradient(out.bfloat16()).double()
+        )
+        assert_between(found, exact, expected)
+
+
+def assert_between(found: dict[str, Tensor], exact: dict[str, Tensor], stock: dict[str, Tensor]) -> None:
+    """NaN at least where stock has it in float64, and at most where stock has it in the same dtype.
+
+    oneDNN's bfloat16 convolution of an odd number of channels lets a NaN into the neighbouring pixel, at each convolution.
+    """
+    for name, t in found.items():
+        bad, least, most = (~side[name].isfinite() for side in (found, exact, stock))
+        assert (least <= bad).all() and (bad <= most).all(), name
 
 
 def has_place(name: str, where: str) -> bool:

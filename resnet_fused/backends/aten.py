@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..statistics import merge_covariances
-from .kernels import Conv, Kernels, Operand, Product, acc_dtype, filter_matrix
+from .kernels import Conv, Feedback, Kernels, Operand, Product, acc_dtype, filter_matrix
 
 _DEAD = 255  # a pooling winner whose ReLU stops the gradient
 _GRAM_ROWS = 1 << 15  # rows that are widened to float64 at a time
@@ -151,16 +151,17 @@ class AtenKernels(Kernels):
         grad: Tensor,
         mask: Tensor | None,
         weight: Tensor,
-        a: Operand | None,
-        coupling: Tensor | None,
-        shift: Tensor | None,
         conv: Conv,
+        feedback: Feedback | None,
         acc: Tensor | None = None,
     ) -> Tensor:
         dtype = acc_dtype(grad.dtype)
-        da = rows(grad if mask is None else self.mask_grad(grad, mask)).to(dtype) @ weight.to(dtype)
-        if coupling is not None:
-            da = da + rows(a, conv.stride).to(dtype) @ coupling.to(dtype) + shift
+        dz = rows(grad if mask is None else self.mask_grad(grad, mask)).to(dtype)
+        if feedback is None:
+            da = dz @ weight.to(dtype)
+        else:
+            centred = rows(feedback.a, conv.stride).to(dtype) - feedback.mean_a.to(dtype)
+            da = (dz - feedback.mean_dz) @ weight.to(dtype) + centred @ feedback.coupling.to(dtype)
         da = _images(da, grad)
         if acc is None:
             return da.to(grad.dtype)

@@ -72,6 +72,23 @@ class Product:
     scale: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Feedback:
+    """What the gradient of batch statistics sends back to a convolution's input.
+
+    Attributes:
+        a: the input A, activations ``[N, C, H, W]``.
+        mean_a (Tensor[C]): mean of A's rows.
+        coupling (Tensor[C, C]): ``Wᵀ diag(b) W``, in the dtype of the activations.
+        mean_dz (Tensor[K]): mean of the rows of dz.
+    """
+
+    a: Operand
+    mean_a: Tensor
+    coupling: Tensor
+    mean_dz: Tensor
+
+
 def filter_matrix(weight: Tensor) -> Tensor:
     """A 1×1 filter ``[K, C, 1, 1]`` as the matrix ``[K, C]``."""
     return weight.reshape(weight.shape[:2])
@@ -153,20 +170,20 @@ class Kernels(ABC):
         grad: Tensor,
         mask: Tensor | None,
         weight: Tensor,
-        a: Operand | None,
-        coupling: Tensor | None,
-        shift: Tensor | None,
         conv: Conv,
+        feedback: Feedback | None,
         acc: Tensor | None = None,
     ) -> Tensor:
-        """``dA = dz·weight + A·coupling + shift``: the gradient behind a 1×1 convolution and its batch norm.
+        """``dA = (dz − mean_dz)·weight + (A − mean_a)·coupling``: the gradient behind a 1×1 convolution and its batch norm.
 
         Args:
             weight (Tensor[K, C]): ``diag(a) W``, in the dtype of ``grad``.
-            a, coupling (Tensor[C, C]), shift (Tensor[C]): None where statistics are frozen.
+            feedback: the means and the second product; None where statistics are frozen: ``dA = dz·weight``.
             acc (Tensor[N, C, H, W], optional): the result is added to it in place, at the pixels the convolution read; needed
                 where it strides.
-        Traffic: reads grad and a, writes dA.
+        Numerics: float32 and float64 are centred while they are loaded, so that a mean far above the deviation costs no
+            digits; in half precision that would round the operands, and the means leave through a constant
+            (``statistics.coupling_shift``). Traffic: reads grad and a, writes dA.
         """
 
     @abstractmethod

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import statistics
-from ..backends.kernels import Conv, Kernels, Operand, filter_matrix
+from ..backends.kernels import Conv, Feedback, Kernels, Operand, filter_matrix
 from .chain import Norm, channels_last, enter, match_layout, weight_of
 from .spec import Chain, Shortcut, Tail
 
@@ -127,19 +127,18 @@ class _Backward:
             self.gradients[self.offsets[i]] = dweight.view(unit.weight.shape).to(unit.weight.dtype)
 
     def dgrad_through_product(
-        self, i: int, a: Operand, grad: Tensor, mask: Tensor | None, acc: Tensor | None = None
+        self, i: int, a: Operand | None, grad: Tensor, mask: Tensor | None, acc: Tensor | None = None
     ) -> Tensor:
         """The gradient at what unit ``i`` read, under the covariance plan; added to ``acc`` where there is one."""
         unit, norm, moments = self.chain.units[i], self.norms[i], self.moments[i]
-        dtype, w = grad.dtype, filter_matrix(weight_of(unit, self.x)).to(norm.mean.dtype)
-        scaled = (norm.scale[:, None] * w).to(dtype)
-        if moments is None:
-            return self.k.dgrad_bn_act(grad, mask, scaled, None, None, None, self.conv(i), acc)
-        b, sum_dz = self.feedback[i]
-        g = statistics.coupling(w, b).to(dtype)
-        mean = moments[0].to(w.dtype)
-        shift = statistics.coupling_shift(scaled.to(w.dtype), sum_dz, _rows(grad), mean, g.to(w.dtype))
-        return self.k.dgrad_bn_act(grad, mask, scaled, a, g, shift, self.conv(i), acc)
+        w = filter_matrix(weight_of(unit, self.x)).to(norm.mean.dtype)
+        feedback = None
+        if moments is not None:
+            assert a is not None
+            b, sum_dz = self.feedback[i]
+            coupling = statistics.coupling(w, b).to(grad.dtype)
+            feedback = Feedback(a, moments[0].to(w.dtype), coupling, sum_dz / _rows(grad))
+        return self.k.dgrad_bn_act(grad, mask, (norm.scale[:, None] * w).to(grad.dtype), self.conv(i), feedback, acc)
 
     def conv(self, i: int) -> Conv:
         conv = self.chain.units[i].conv
