@@ -7,6 +7,7 @@ how it was built. Both are optional: without them the ``aten`` backend runs, and
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -128,6 +129,45 @@ def _bn_relu_maxpool_backward(grad: Tensor, index: Tensor, x: Tensor, *others: T
     return torch.empty_like(x)
 
 
+def _strided(x: Tensor, stride: Sequence[int]) -> tuple[int, int, int]:
+    n, _, h, w = x.shape
+    return n, (h + stride[0] - 1) // stride[0], (w + stride[1] - 1) // stride[1]
+
+
+def _pointwise(
+    x: Tensor,
+    mask: Tensor | None,
+    weight: Tensor,
+    stride: Sequence[int],
+    scale: Tensor | None,
+    x2: Tensor | None,
+    weight2: Tensor | None,
+    stride2: Sequence[int],
+    scale2: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    residual_mask: Tensor | None,
+    relu: bool,
+    save_mask: bool,
+) -> tuple[Tensor, Tensor]:
+    n, h, w = _strided(x, stride)
+    shape = (n, weight.shape[0], h, w)
+    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    return out, _bytes(out, save_mask)
+
+
+def _pointwise_wgrad(
+    dy: Tensor, mask: Tensor | None, x: Tensor, centre: Tensor | None, stride: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    dtype = torch.float32 if x.dtype.itemsize == 2 else torch.float64
+    return x.new_empty((dy.shape[1], x.shape[1]), dtype=dtype), _channels(dy)
+
+
+def _gram(x: Tensor, stride: Sequence[int]) -> tuple[Tensor, Tensor]:
+    channels = x.shape[1]
+    return x.new_empty(channels, dtype=torch.float64), x.new_empty((channels, channels), dtype=torch.float64)
+
+
 def _nothing(*args: object) -> None:
     return None
 
@@ -145,6 +185,10 @@ _FAKES = {
     "bn_relu_maxpool": _bn_relu_maxpool,
     "bn_relu_maxpool_backward_reduce": _bn_relu_maxpool_backward_reduce,
     "bn_relu_maxpool_backward": _bn_relu_maxpool_backward,
+    "pointwise": _pointwise,
+    "pointwise_add_": _nothing,
+    "pointwise_wgrad": _pointwise_wgrad,
+    "gram": _gram,
 }
 
 
