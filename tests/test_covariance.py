@@ -104,6 +104,13 @@ def set_mode(module: nn.Module, mode: str) -> None:
 MODES = ["train", "eval", "last", "others", "first"]
 
 
+def unit(out: int, inside: int, filter_size: int = 1, training: bool = True, **geometry) -> Unit:
+    weight = torch.randn(out, inside // geometry.get("groups", 1), filter_size, filter_size)
+    gamma, beta, mean, var = (torch.rand(out) + 0.5 for _ in range(4))
+    parameters = [t.requires_grad_() for t in (weight, gamma, beta)]
+    return Unit(parameters[0], None, *parameters[1:], mean, var, Conv(**geometry), training, True, 1e-5)
+
+
 def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
     assert a.keys() == b.keys()
     for key, value in b.items():
@@ -213,6 +220,102 @@ def test_one_value_per_channel_is_refused_as_in_stock(backend: str) -> None:
     assert messages[0] == messages[1]
 
 
+# The traps of autograd
+
+
+@pytest.mark.parametrize("project", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_opcheck(project: bool, training: bool, backend: str) -> None:
+    x = torch.randn(2, 6, 5, 6).contiguous(memory_format=torch.channels_last).requires_grad_()
+    units = [unit(4, 6, training=training), unit(9, 4, training=training)]
+    if project:
+        units.append(unit(9, 6, training=training))
+    shortcut = Shortcut.PROJECTION if project else Shortcut.NONE
+    chain = choose_plans(Chain(tuple(units), shortcut, Tail.RELU))
+    assert [u.covariance for u in chain.units[1:]] == [True] * (1 + project)
+    parameters, running, spec, eps = chain.flatten()
+    args = (x, None, parameters, running, spec, eps, True, backend)
+    torch.library.opcheck(torch.ops.resnet_fused.chain.default, args)
+    with torch.no_grad():
+        out, *saved = torch.ops.resnet_fused.chain(*args)
+    for need in (True, False):
+        needs = [need, False, *[True] * len(parameters)]
+        detached = [t.detach() for t in parameters]
+        args = (torch.ones_like(out), x.detach(), detached, saved, spec, eps, needs, backend)
+        torch.library.opcheck(torch.ops.resnet_fused.chain_backward.default, args)
+
+
+def test_transforms_take_the_plain_path(backend: str) -> None:
+    """torch.func.grad, jvp and fx: an operator with an autograd formula fails, is silently wrong, or loses its backward."""
+    ours, stock = (module.eval() for module in pair("bottleneck-projection"))
+    x = inputs_of("bottleneck-projection")[0].detach()
+    results = []
+    for module in (ours, stock):
+        gradient = torch.func.grad(lambda t, m=module: m(t).square().sum())(x)
+        tangent = torch.func.jvp(module, (x,), (torch.ones_like(x),))[1]
+        results.append({"grad": gradient, "jvp": tangent})
+    assert_same(*results)
+    traced = torch.fx.symbolic_trace(ours)
+    y = x.clone().requires_grad_()
+    traced(y).sum().backward()
+    z = x.clone().requires_grad_()
+    stock(z).sum().backward()
+    torch.testing.assert_close(y.grad, z.grad)
+
+
+def test_no_zero_filled_gradients_for_what_is_saved(backend: str) -> None:
+    ours, _ = pair("bottleneck-projection")
+    out = ours(inputs_of("bottleneck-projection")[0])
+    with torch.profiler.profile(record_shapes=True) as profile:
+        out.sum().backward()
+    filled = [e for e in profile.events() if e.name == "aten::zeros" and len(e.input_shapes[0]) == 4]
+    assert not filled
+
+
+def test_autocast_casts_the_input_and_the_filters_alone(backend: str) -> None:
+    """Batch norm's parameters and running statistics stay float32, and so do all gradients."""
+    ours = resnet_fused.Bottleneck(8, 4, 1, _projection(8, 16, 1))
+    x = torch.randn(2, 8, 5, 5, requires_grad=True)
+    kernels = type(backends.get(backend))
+    patch = mock.patch.object(kernels, "fprop_bn_act", autospec=True, side_effect=kernels.fprop_bn_act)
+    with patch as fprop, torch.autocast("cpu", torch.bfloat16):
+        out = ours(x)
+    _, products, shift, *_ = fprop.call_args.args
+    for product in products:
+        assert (out.dtype, product.a.dtype, product.weight.dtype) == (torch.bfloat16,) * 3
+        assert (product.scale.dtype, shift.dtype) == (torch.float32,) * 2
+    out.float().sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in [x, *ours.parameters()])
+
+
+def test_buffers_may_change_before_the_backward(backend: str) -> None:
+    """Training moves the running statistics at once; frozen ones may be edited, and the saved copies count."""
+    for mode in ("train", "eval"):
+        ours, stock = pair("bottleneck-projection")
+        set_mode(ours, mode), set_mode(stock, mode)
+        x, y = (inputs_of("bottleneck-projection")[0] for _ in range(2))
+        stock(y).sum().backward()
+        out = ours(x)
+        with torch.no_grad():
+            for norm in norms(ours):
+                norm.running_mean.add_(1)
+                norm.running_var.mul_(2)
+        out.sum().backward()
+        torch.testing.assert_close(x.grad, y.grad, rtol=1e-9, atol=1e-11)
+
+
+def test_an_edit_through_data_is_seen_at_once(backend: str) -> None:
+    """``p.data`` edits leave no version: nothing derived from a filter or a statistic may be kept between calls."""
+    ours, stock = (module.eval() for module in pair("bottleneck-projection"))
+    x = inputs_of("bottleneck-projection")[0].detach()
+    ours(x)
+    for module in (ours, stock):
+        module.conv3.weight.data.mul_(1.5)
+        module.bn3.running_var.data.add_(0.7)
+        module.downsample[1].weight.data.neg_()
+    torch.testing.assert_close(ours(x), stock(x))
+
+
 # What is saved
 
 
@@ -269,13 +372,6 @@ def test_frozen_statistics_save_no_moments(backend: str) -> None:
 
 
 # Choice
-
-
-def unit(out: int, inside: int, filter_size: int = 1, **geometry) -> Unit:
-    groups = geometry.get("groups", 1)
-    vectors = [torch.ones(out)] * 4
-    conv = Conv(**geometry)
-    return Unit(torch.zeros(out, inside // groups, filter_size, filter_size), None, *vectors, conv, True, True, 1e-5)
 
 
 def planned(*units: Unit, shortcut: Shortcut = Shortcut.NONE, tail: Tail = Tail.RELU) -> list[bool]:

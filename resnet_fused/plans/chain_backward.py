@@ -109,7 +109,8 @@ class _Backward:
             triples.append((a, None if moments is None else moments[0], self.conv(i)))
         products, sum_dz = self.k.wgrad_bn_act(grad, mask, triples)
         for i, t in zip(operands, products, strict=True):
-            self._through_product(i, t, sum_dz, _rows(grad))
+            # It becomes the gradient of two biases, which must not share memory.
+            self._through_product(i, t, sum_dz.clone(), _rows(grad))
 
     def _through_product(self, i: int, t: Tensor, sum_dz: Tensor, count: int) -> None:
         unit, norm, moments = self.chain.units[i], self.norms[i], self.moments[i]
