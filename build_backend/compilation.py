@@ -19,13 +19,16 @@ TARGET_VERSION = "0x020a000000000000"  # PyTorch's stable ABI as of 2.10
 # One rounding per operation and explicit fused multiply-adds: forward and backward must find the same bits.
 COMMON_FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wno-psabi"]
 
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [
+    *(*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
+    "-mprefer-vector-width=512",
+    *("-Wno-maybe-uninitialized", "-Wno-uninitialized"),  # GCC 12 warns about its own intrinsics
+]
 INSTRUCTION_SETS = {
-    "kernels_avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "kernels_avx512": [
-        *("-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
-        "-mprefer-vector-width=512",
-        "-Wno-maybe-uninitialized",  # GCC 12 warns about its own intrinsics
-    ],
+    "kernels_avx2": AVX2,
+    "kernels_avx512": AVX512,
+    "kernels_avx512bf16": [*AVX512, "-mavx512bf16"],
 }
 
 

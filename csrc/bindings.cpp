@@ -24,7 +24,7 @@ std::string compiler() {
 
 std::vector<std::string> instruction_sets() {
 #if defined(RESNET_FUSED_X86)
-  return {"baseline", "avx2", "avx512"};
+  return {"baseline", "avx2", "avx512", "avx512_bf16"};
 #else
   return {"baseline"};
 #endif

@@ -40,4 +40,25 @@ STABLE_TORCH_LIBRARY(resnet_fused, m) {
   m.def(
       "bn_relu_maxpool_backward(Tensor grad, Tensor index, Tensor x, Tensor mean, Tensor a, Tensor b, Tensor c)"
       " -> Tensor");
+  // The products take channels_last activations as matrices [N*H*W, C], and weights [n_out, n_in] with any strides.
+  // Row m = (n, p, q) of a product reads pixel (n, p * sh, q * sw). Sums are formed in the accumulation type.
+  //
+  // act(scale ((x where mask) - centre) weightᵀ + scale2 (x2 - centre2) weight2ᵀ + shift + (residual where residual_mask)),
+  // rounded once, and its mask (empty unless asked for). mask: with stride 1 only. centre [n_in]: not for 16-bit
+  // activations, which could not hold the difference.
+  m.def(
+      "pointwise(Tensor x, Tensor? mask, Tensor weight, int[2] stride, Tensor? scale, Tensor? x2, Tensor? weight2,"
+      " int[2] stride2, Tensor? scale2, Tensor? shift, Tensor? residual, Tensor? residual_mask, bool relu,"
+      " bool save_mask, Tensor? centre=None, Tensor? centre2=None) -> (Tensor out, Tensor mask)");
+  // acc[:, :, ::sh, ::sw] += ((x where mask) - centre) weightᵀ + (x2[:, :, ::sh, ::sw] - centre2) weight2ᵀ + shift,
+  // rounded once.
+  m.def(
+      "pointwise_add_(Tensor(a!) acc, Tensor x, Tensor? mask, Tensor weight, Tensor? x2, Tensor? weight2,"
+      " int[2] stride, Tensor? shift, Tensor? centre=None, Tensor? centre2=None) -> ()");
+  // Σ_m (dy where mask)[m, k] (x[m, c] - centre[c]) in float64 (float32 for 16-bit activations), and Σ_m of the former.
+  m.def(
+      "pointwise_wgrad(Tensor dy, Tensor? mask, Tensor x, Tensor? centre, int[2] stride)"
+      " -> (Tensor dweight, Tensor sum_dy)");
+  // Mean and biased covariance of the rows, in float64.
+  m.def("gram(Tensor x, int[2] stride) -> (Tensor mean, Tensor cov)");
 }

@@ -149,6 +149,8 @@ def _pointwise(
     residual_mask: Tensor | None,
     relu: bool,
     save_mask: bool,
+    centre: Tensor | None = None,
+    centre2: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     n, h, w = _strided(x, stride)
     shape = (n, weight.shape[0], h, w)

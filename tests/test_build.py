@@ -145,7 +145,7 @@ def test_each_instruction_set_is_compiled_with_its_own_flags(tmp_path, monkeypat
         commands = {step.inputs[0].stem: step.command for step in library.objects}
         assert ("kernels_avx512" in commands) == x86
         with_avx = {name for name, command in commands.items() if any(word.startswith("-mavx") for word in command)}
-        assert with_avx == ({"kernels_avx2", "kernels_avx512"} if x86 else set())
+        assert with_avx == ({"kernels_avx2", "kernels_avx512", "kernels_avx512bf16"} if x86 else set())
 
 
 def test_ninja_file_escapes_paths(tmp_path):

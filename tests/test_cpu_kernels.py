@@ -299,7 +299,7 @@ def test_every_instruction_set_that_runs_here(capability):
     info = native.build_info()
     if not info:
         pytest.skip("the bindings that tell the instruction sets are not built")
-    known = ["baseline", "avx2", "avx512"]
+    known = ["baseline", "avx2", "avx512", "avx512_bf16"]
     if known.index(capability) > known.index(str(info["detected"])):
         pytest.skip(f"this processor has no {capability} (it has {info['detected']})")
     if info["selected"] != info["detected"]:

@@ -6,12 +6,6 @@
 namespace resnet_fused {
 namespace {
 
-std::string shape_string(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
-  std::string s = "[";
-  for (size_t i = 0; i < sizes.size(); ++i) s += (i ? ", " : "") + std::to_string(sizes[i]);
-  return s + "]";
-}
-
 // Dense in the order given, outermost first; strides of dimensions of size 1 do not count.
 bool dense_in(const Tensor& t, const int (&order)[4]) {
   i64 expected = 1;
@@ -21,11 +15,6 @@ bool dense_in(const Tensor& t, const int (&order)[4]) {
     expected *= size;
   }
   return true;
-}
-
-bool dense(const Tensor& t, bool channels_last) {
-  if (t.numel() == 0) return true;
-  return channels_last ? dense_in(t, {0, 2, 3, 1}) : dense_in(t, {0, 1, 2, 3});
 }
 
 constexpr i64 kTileBytes = 128 * 1024;  // stays in a core's second-level cache for bn_stats' second pass
@@ -54,6 +43,17 @@ void cut(Geometry& g, i64 element_size) {
 }
 
 }  // namespace
+
+std::string shape_string(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+  std::string s = "[";
+  for (size_t i = 0; i < sizes.size(); ++i) s += (i ? ", " : "") + std::to_string(sizes[i]);
+  return s + "]";
+}
+
+bool dense(const Tensor& t, bool channels_last) {
+  if (t.numel() == 0) return true;
+  return channels_last ? dense_in(t, {0, 2, 3, 1}) : dense_in(t, {0, 1, 2, 3});
+}
 
 Activations::Activations(const char* op_, const char* name, const Tensor& x_) : op(op_), x(x_) {
   STD_TORCH_CHECK(x.is_cpu(), op, ": ", name, ": expected a tensor on the CPU");

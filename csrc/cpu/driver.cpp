@@ -16,10 +16,22 @@ constexpr i64 kGrainElements = 32768;  // below this a second thread does not pa
 const Table* tables() {
   switch (selected_isa()) {
 #if defined(RESNET_FUSED_X86)
+    case Isa::kAvx512Bf16:
     case Isa::kAvx512: return avx512::kTables;
     case Isa::kAvx2: return avx2::kTables;
 #endif
     default: return baseline::kTables;
+  }
+}
+
+const Products* all_products() {
+  switch (selected_isa()) {
+#if defined(RESNET_FUSED_X86)
+    case Isa::kAvx512Bf16:
+    case Isa::kAvx512: return avx512::kProducts;
+    case Isa::kAvx2: return avx2::kProducts;
+#endif
+    default: return baseline::kProducts;
   }
 }
 
@@ -97,6 +109,15 @@ void fill_channels(const Activations& t, const Tensor& to, double value) {
 
 const Table& kernels(Dtype dtype) {
   static const Table* const chosen = tables();
+  return chosen[dtype];
+}
+
+const Products& products(Dtype dtype) {
+  static const Products* const chosen = all_products();
+#if defined(RESNET_FUSED_X86)
+  static const bool dot = selected_isa() == Isa::kAvx512Bf16;
+  if (dot && dtype == kBF16) return avx512_bf16::kProductsBF16;
+#endif
   return chosen[dtype];
 }
 

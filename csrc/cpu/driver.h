@@ -20,6 +20,10 @@ using torch::stable::Tensor;
 
 // --- checks (checks.cpp): errors name the argument, what was expected and what came ---
 
+std::string shape_string(torch::headeronly::IntHeaderOnlyArrayRef sizes);
+// Whether a 4-D tensor is dense in channels_last, or in contiguous; strides of dimensions of size 1 do not count.
+bool dense(const Tensor& t, bool channels_last);
+
 // An operator's activations: the first one sets dtype, shape and layout for the others.
 struct Activations {
   Activations(const char* op, const char* name, const Tensor& x);
@@ -52,6 +56,7 @@ struct Activations {
 // --- running (driver.cpp) ---
 
 const Table& kernels(Dtype dtype);
+const Products& products(Dtype dtype);
 
 // Runs an element-wise kernel over all elements of the tensor.
 void run_elements(const Activations& t, RangeKernel kernel, const Args& args);

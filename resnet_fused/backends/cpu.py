@@ -1,21 +1,20 @@
-"""The ``cpu`` backend: compiled kernels (csrc/cpu), each one pass over memory; convolutions by PyTorch."""
+"""The ``cpu`` backend: compiled kernels (csrc/cpu), each one pass over memory; 3×3 and 7×7 convolutions by PyTorch."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from ..statistics import coupling_shift
 from .aten import AtenKernels
-from .kernels import Conv
-
-# Below this many rows oneDNN's bfloat16 weight gradient of a 1×1 convolution takes up to 1.4 times a matrix product's time
-# (measured on two AVX-512 cores for every 1×1 convolution of ResNet-50 at batch 16); above it is as fast or faster.
-_MATMUL_WGRAD_ROWS = 12544
+from .kernels import Conv, Feedback, Operand, Product, acc_dtype, filter_matrix
 
 
-def _rows(x: Tensor) -> Tensor:
-    """``[N, C, H, W]`` in channels_last as the matrix ``[N·H·W, C]``; a copy only of strided rows."""
-    return x.permute(0, 2, 3, 1).flatten(0, 2)
+def _is_pointwise(weight: Tensor, conv: Conv) -> bool:
+    """A 1×1 convolution without groups or padding: a product of matrices."""
+    return weight.shape[2:] == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
 
 
 class CpuKernels(AtenKernels):
@@ -23,18 +22,97 @@ class CpuKernels(AtenKernels):
 
     float64, float32, bfloat16 and float16, channels_last and contiguous, any shape. Sums have the same bits for any
     number of threads. float16 and bfloat16 are computed in float32 and rounded once.
+
+    1×1 convolutions are this library's own products, not oneDNN's: oneDNN's ReLU turns NaN into 0, its weight gradient is
+    rounded to bfloat16 before anything can be subtracted from it, and it cannot mask or centre a gradient while loading it.
     """
 
     name = "cpu"
 
+    def fprop(self, x: Operand, weight: Tensor, conv: Conv) -> Tensor:
+        if not _is_pointwise(weight, conv):
+            return super().fprop(x, weight, conv)
+        return _pointwise(x, None, None, filter_matrix(weight), conv)[0]
+
+    def dgrad(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        conv: Conv,
+        residual: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        if not _is_pointwise(weight, conv) or conv.stride != (1, 1):
+            return super().dgrad(dy, x, weight, conv, residual, mask)
+        matrix = filter_matrix(weight).t()
+        return _pointwise(dy, None, None, matrix, conv, residual=residual, residual_mask=mask)[0]
+
     def wgrad(self, dy: Tensor, x: Tensor, weight: Tensor, conv: Conv) -> Tensor:
-        rows = dy.shape[0] * dy.shape[2] * dy.shape[3]
-        pointwise = weight.shape[2:] == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
-        if pointwise and dy.dtype == torch.bfloat16 and rows <= _MATMUL_WGRAD_ROWS:
-            if conv.stride != (1, 1):
-                x = x[:, :, :: conv.stride[0], :: conv.stride[1]]
-            return (_rows(dy).t() @ _rows(x))[:, :, None, None]
-        return super().wgrad(dy, x, weight, conv)
+        if not _is_pointwise(weight, conv):
+            return super().wgrad(dy, x, weight, conv)
+        return torch.ops.resnet_fused.pointwise_wgrad(dy, None, x, None, conv.stride)[0][:, :, None, None]
+
+    def gram(self, a: Operand, conv: Conv) -> tuple[Tensor, Tensor]:
+        return torch.ops.resnet_fused.gram(a, conv.stride)
+
+    def gram_unit(self, dtype: torch.dtype) -> float:
+        return 2.0**-24 if dtype in (torch.bfloat16, torch.float16) else 2.0**-53
+
+    def fprop_bn_act(
+        self, products: Sequence[Product], shift: Tensor, residual: Tensor | None, relu: bool, save_mask: bool
+    ) -> tuple[Tensor, Tensor]:
+        first, second = (*products, None)[:2]
+        return _pointwise(
+            first.a,
+            None,
+            None,
+            filter_matrix(first.weight),
+            first.conv,
+            scale=first.scale,
+            second=second and (second.a, None, filter_matrix(second.weight), second.conv, second.scale),
+            shift=shift,
+            residual=residual,
+            relu=relu,
+            save_mask=save_mask,
+        )
+
+    def dgrad_bn_act(
+        self,
+        grad: Tensor,
+        mask: Tensor | None,
+        weight: Tensor,
+        conv: Conv,
+        feedback: Feedback | None,
+        acc: Tensor | None = None,
+    ) -> Tensor:
+        mean_dz = shift = second = None
+        if feedback is not None:
+            mean_a, coupling = feedback.mean_a, feedback.coupling
+            if acc_dtype(grad.dtype) == grad.dtype:
+                mean_dz = feedback.mean_dz
+                second = (feedback.a, mean_a, coupling.t(), conv, None)
+            else:
+                shift = coupling_shift(weight, feedback.mean_dz, coupling, mean_a)
+                second = (feedback.a, None, coupling.t(), conv, None)
+        if acc is None:
+            return _pointwise(grad, mask, mean_dz, weight.t(), Conv(), second=second, shift=shift)[0]
+        a, mean_a, matrix, *_ = second or (None, None, None)
+        torch.ops.resnet_fused.pointwise_add_(
+            acc, grad, mask, weight.t(), a, matrix, conv.stride, shift, mean_dz, mean_a
+        )
+        return acc
+
+    def wgrad_bn_act(
+        self, grad: Tensor, mask: Tensor | None, operands: Sequence[tuple[Operand, Tensor | None, Conv]]
+    ) -> tuple[list[Tensor], Tensor]:
+        found = [
+            torch.ops.resnet_fused.pointwise_wgrad(
+                grad, mask, a, None if centre is None else centre.to(acc_dtype(grad.dtype)), conv.stride
+            )
+            for a, centre, conv in operands
+        ]
+        return [t for t, _ in found], found[0][1]
 
     def bn_stats(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return torch.ops.resnet_fused.bn_stats(x)
@@ -98,3 +176,39 @@ class CpuKernels(AtenKernels):
         self, grad: Tensor, index: Tensor, x: Tensor, mean: Tensor, coefficients: tuple[Tensor, Tensor, Tensor]
     ) -> Tensor:
         return torch.ops.resnet_fused.bn_relu_maxpool_backward(grad, index, x, mean, *coefficients)
+
+
+def _pointwise(
+    x: Tensor,
+    mask: Tensor | None,
+    centre: Tensor | None,
+    weight: Tensor,
+    conv: Conv,
+    *,
+    scale: Tensor | None = None,
+    second: tuple[Tensor, Tensor | None, Tensor, Conv, Tensor | None] | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    residual_mask: Tensor | None = None,
+    relu: bool = False,
+    save_mask: bool = False,
+) -> tuple[Tensor, Tensor]:
+    x2, centre2, weight2, conv2, scale2 = second or (None, None, None, conv, None)
+    return torch.ops.resnet_fused.pointwise(
+        x,
+        mask,
+        weight,
+        conv.stride,
+        scale,
+        x2,
+        weight2,
+        conv2.stride,
+        scale2,
+        shift,
+        residual,
+        residual_mask,
+        relu,
+        save_mask,
+        centre,
+        centre2,
+    )

@@ -216,27 +216,27 @@ def backward(
     if operands:
         walk.through_products(operands, grad, mask)
 
-    residual = grad if chain.shortcut == Shortcut.IDENTITY else None
+    residual, residual_mask = (grad, mask) if chain.shortcut == Shortcut.IDENTITY else (None, None)
     dx: Tensor | None = None
     if not chain.units[last].covariance:
         if chain.tail == Tail.RELU_MAXPOOL:
             dy = walk.through_pool(last, grad)
         else:
             dy, _ = walk.through_norm(last, grad, mask, relu, want_activation=False, inplace=False)
-        dx = walk.descend(last, dy, residual, mask)
+        dx = walk.descend(last, dy, residual, residual_mask)
     elif walk.any_wanted_below(last):
         below = x if last == 0 else walk.raw[last - 1]
         assert below is not None
         acc = None if walk.conv(last).stride == (1, 1) else torch.zeros_like(below)
         da = walk.dgrad_through_product(last, operands.get(last), grad, mask, acc)
         if last == 0:
-            dx = da if residual is None else walk.add_residual(da, residual, mask)
+            dx = da if residual is None else walk.add_residual(da, residual, residual_mask)
         else:
             operands.pop(last, None)
             dy, _ = walk.through_norm(
                 last - 1, da, None, chain.units[last - 1].relu, want_activation=False, inplace=True
             )
-            dx = walk.descend(last - 1, dy, residual, mask)
+            dx = walk.descend(last - 1, dy, residual, residual_mask)
 
     if has_projection and chain.units[projection].covariance:
         if needs.x:
