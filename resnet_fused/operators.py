@@ -74,7 +74,13 @@ def _chain(
     save: bool,
     backend: str,
 ) -> list[Tensor]:
-    return plan.forward(backends.get(backend), unflatten(parameters, running, spec, eps), x, residual, save)
+    with _without_autocast(x):
+        return plan.forward(backends.get(backend), unflatten(parameters, running, spec, eps), x, residual, save)
+
+
+def _without_autocast(x: Tensor) -> torch.autocast:
+    """Inside an operator every dtype is the plan's own; autocast would round the algebra of statistics."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def _layout(c: Chain, x: Tensor) -> torch.memory_format:
@@ -118,7 +124,7 @@ def _chain_fake(
         for unit in c.units:
             if unit.covariance and unit.training:
                 width = unit.weight.shape[1]
-                outputs.append(x.new_empty((width + 1, width), dtype=plan.moments_dtype(x.dtype)))
+                outputs.append(x.new_empty(width * (width + 3) // 2, dtype=plan.moments_dtype(x.dtype)))
         if c.tail == Tail.RELU_MAXPOOL:
             outputs.append(like(shape, torch.uint8))
         elif c.saves_mask:
@@ -138,7 +144,8 @@ def _chain_backward(
 ) -> list[Tensor]:
     needed = chain_backward.Needs(needs[0], needs[1], tuple(needs[2:]))
     c = unflatten(parameters, (), spec, eps)
-    dx, dresidual, gradients = chain_backward.backward(backends.get(backend), c, grad, x, saved, needed)
+    with _without_autocast(x):
+        dx, dresidual, gradients = chain_backward.backward(backends.get(backend), c, grad, x, saved, needed)
     laid_out = [None if g is None else _laid_out_like(g, p) for g, p in zip(gradients, parameters, strict=True)]
     wanted = [g if need else None for g, need in zip([dx, dresidual, *laid_out], needs, strict=True)]
     return [grad.new_empty(0) if g is None else g for g in wanted]

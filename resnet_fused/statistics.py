@@ -104,6 +104,21 @@ def coupling_shift(weight: Tensor, mean_dz: Tensor, coupling: Tensor, mean_a: Te
     return -mean_dz @ weight.to(mean_dz.dtype) - mean_a @ coupling.to(mean_a.dtype)
 
 
+def pack_moments(mean: Tensor, cov: Tensor) -> Tensor:
+    """The mean ``[C]`` and the upper triangle of the symmetric ``cov`` ``[C, C]``, as one vector ``[C (C + 3) / 2]``."""
+    channels = len(mean)
+    rows, columns = torch.triu_indices(channels, channels, device=cov.device)
+    return torch.cat([mean, cov[rows, columns]])
+
+
+def unpack_moments(packed: Tensor, channels: int) -> tuple[Tensor, Tensor]:
+    """The inverse of ``pack_moments``."""
+    rows, columns = torch.triu_indices(channels, channels, device=packed.device)
+    cov = packed.new_empty(channels, channels)
+    cov[rows, columns] = cov[columns, rows] = packed[channels:]
+    return packed[:channels], cov
+
+
 # Chan's merge. Source: Chan, Golub, LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances",
 # 1979, section 2, and its matrix form.
 

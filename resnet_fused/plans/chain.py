@@ -119,7 +119,7 @@ class _Forward:
             mean, cov = self.k.gram(a, unit.conv)
             norm = Norm.of(unit, *self._through(a, unit, weight, mean, cov), self.acc)
             if self.save:
-                self.moments.append(torch.cat([mean[None], cov]).to(moments_dtype(self.x.dtype)))
+                self.moments.append(statistics.pack_moments(mean, cov).to(moments_dtype(self.x.dtype)))
         else:
             norm = Norm.running(unit, self.acc)
         self.norms.append(norm)
@@ -143,7 +143,7 @@ def forward(k: Kernels, chain: Chain, x: Tensor, residual: Tensor | None, save: 
 
     Returns:
         ``[out, statistics]`` and, if ``save``, the raw outputs of the units that have a convolution, or for those of the
-        covariance plan in training ``[C + 1, C]``: ā and Cov of the input; and the mask (or the pooling winners).
+        covariance plan in training ``[C (C + 3) / 2]``: ā and half of Cov; and the mask (or the pooling winners).
         ``statistics`` is ``[2, Σ K]``: mean and biased variance of the raw outputs, unit by unit; empty when nothing is saved
         and every unit is frozen.
     """

@@ -41,7 +41,12 @@ class _Backward:
         outputs = iter(rest)
         # The raw output; x for a batch norm alone; None under the covariance plan, which has the input's moments instead.
         self.raw = [x if unit.conv is None else None if unit.covariance else next(outputs) for unit in chain.units]
-        self.moments = [next(outputs) if unit.covariance and unit.training else None for unit in chain.units]
+        self.moments = [
+            statistics.unpack_moments(next(outputs), unit.weight.shape[1])
+            if unit.covariance and unit.training
+            else None
+            for unit in chain.units
+        ]
         self.extra = next(outputs, None)
         self.offsets = [sum(len(u.parameters()) for u in chain.units[:i]) for i in range(len(chain.units))]
         self.gradients: list[Tensor | None] = [None] * len(needs.parameters)
@@ -124,7 +129,7 @@ class _Backward:
             if moments is None:
                 dweight = a[:, None] * t
             else:
-                dweight = statistics.weight_gradient(t, a, b, count, w, moments[1:])
+                dweight = statistics.weight_gradient(t, a, b, count, w, moments[1])
             self.gradients[self.offsets[i]] = dweight.view(unit.weight.shape).to(unit.weight.dtype)
 
     def dgrad_through_product(
