@@ -19,6 +19,7 @@ constexpr i64 kTileBytes = 256 * 1024;          // a row tile, or a weight, stay
 constexpr i64 kMostRows = 96, kLeastRows = 48;  // of a row tile
 constexpr i64 kFreshBytes = 32 << 20;           // larger blocks come anew from the kernel, with glibc's malloc
 constexpr i64 kTasks = 16;                      // weight gradients of few tiles are split by rows into so many tasks
+constexpr i64 kFewRows = 32;              // of a chunk, where sums in the accumulation type must be good
 constexpr i64 kLeastChunks = 8;                 // of a split
 
 i64 divide_up(i64 n, i64 by) { return (n + by - 1) / by; }
@@ -283,7 +284,7 @@ std::vector<std::pair<i64, i64>> parts_of(i64 n, i64 most, i64 unit) {
 // `memory`, or where there is one split in `whole`.
 struct CrossRun {
   // At most `area` sums to a tile, `most_b` to its side; where b is narrow, a is read in long rows instead.
-  CrossRun(CrossArgs& args, i64 area, i64 most_b) {
+  CrossRun(CrossArgs& args, i64 area, i64 most_b, i64 most_rows = kChunkRows) {
     const i64 most_a = round_up(area / std::min(round_up(args.b.k, kStrip), most_b), 24);
     for (const auto& [a, a_count] : parts_of(args.a.k, most_a, 24)) {
       bool sums = true;
@@ -297,7 +298,7 @@ struct CrossRun {
     }
     args.tiles = tiles.data();
     args.tile_count = static_cast<i64>(tiles.size());
-    args.chunks = divide_up(args.m, kChunkRows);
+    args.chunks = divide_up(args.m, most_rows);
     args.chunk_rows = round_up(divide_up(args.m, std::max<i64>(1, args.chunks)), 2);
     args.splits = std::clamp<i64>(divide_up(kTasks, std::max<i64>(1, args.tile_count)), 1,
                                   std::max<i64>(1, args.chunks / kLeastChunks));
@@ -374,7 +375,10 @@ std::tuple<Tensor, Tensor> pointwise_wgrad(
     return {dweight, sum_dy};
   }
   const Products& kernel = products(t.dtype);
-  CrossRun run(args, narrow ? 256 * 256 : 128 * 256, 256);
+  // What a float32 sum loses in a chunk decides the norm's gradient where channels are correlated: short chunks. bfloat16
+  // has fewer digits to lose.
+  const bool few = t.dtype == kF32 || t.dtype == kF16;
+  CrossRun run(args, narrow ? 256 * 256 : 128 * 256, 256, few ? kFewRows : kChunkRows);
   run.run(args, kernel.wgrad, kernel.wgrad_scratch(args), to, narrow ? 4 : 8);
   std::vector<double> sums(args.a.k);
   for (i64 k = 0; k < args.a.k; ++k) {

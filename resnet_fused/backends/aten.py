@@ -65,11 +65,6 @@ def _images(matrix: Tensor, like: Tensor) -> Tensor:
     return matrix.view(n, p, q, -1).permute(0, 3, 1, 2)
 
 
-def merge_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of weight gradients behind a batch norm: sums over rows whose cancellations must not show."""
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else torch.float64
-
-
 class AtenKernels(Kernels):
     """Formulas in plain PyTorch; half precision is computed in float32 and rounded once."""
 
@@ -172,12 +167,11 @@ class AtenKernels(Kernels):
     def wgrad_bn_act(
         self, grad: Tensor, mask: Tensor | None, operands: Sequence[tuple[Operand, Tensor | None, Conv]]
     ) -> tuple[list[Tensor], Tensor]:
-        dtype = merge_dtype(grad.dtype)
-        dz = rows(grad if mask is None else self.mask_grad(grad, mask)).to(dtype)
+        dz = rows(grad if mask is None else self.mask_grad(grad, mask)).double()
         products = []
         for a, centre, conv in operands:
-            matrix = rows(a, conv.stride).to(dtype)
-            products.append(dz.t() @ (matrix if centre is None else matrix - centre.to(dtype)))
+            matrix = rows(a, conv.stride).double()
+            products.append(dz.t() @ (matrix if centre is None else matrix - centre))
         return products, dz.sum(0).to(acc_dtype(grad.dtype))
 
     def bn_stats(self, x: Tensor) -> tuple[Tensor, Tensor]:

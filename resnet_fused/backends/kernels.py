@@ -192,7 +192,7 @@ class Kernels(ABC):
     ) -> tuple[list[Tensor], Tensor]:
         """``T = dzᵀ(A − centre)`` ``[K, C]`` for each ``(a, centre, conv)``, and ``Σ dz`` ``[K]``.
 
-        Numerics: partial sums merge in float64 for float32 and float64, whose T is float64; T is float32 for half precision.
+        Numerics: partial sums merge in float64, and T is float64; for half precision either may be float32.
         Traffic: reads grad and each operand.
         """
 

@@ -129,7 +129,7 @@ class _Backward:
             if moments is None:
                 dweight = a[:, None] * t
             else:
-                dweight = statistics.weight_gradient(t, a, b, count, w, moments[1])
+                dweight = statistics.weight_gradient(t, a, b, count, w, moments[1].to(w.dtype))
             self.gradients[self.offsets[i]] = dweight.view(unit.weight.shape).to(unit.weight.dtype)
 
     def dgrad_through_product(
