@@ -86,20 +86,19 @@ class CpuKernels(AtenKernels):
         feedback: Feedback | None,
         acc: Tensor | None = None,
     ) -> Tensor:
-        mean_dz = shift = second = None
+        a: Operand | None = None
+        coupling = mean_dz = mean_a = shift = None
         if feedback is not None:
-            mean_a, coupling = feedback.mean_a, feedback.coupling
+            a, coupling = feedback.a, feedback.coupling.t()
             if acc_dtype(grad.dtype) == grad.dtype:
-                mean_dz = feedback.mean_dz
-                second = (feedback.a, mean_a, coupling.t(), conv, None)
+                mean_dz, mean_a = feedback.mean_dz, feedback.mean_a
             else:
-                shift = coupling_shift(weight, feedback.mean_dz, coupling, mean_a)
-                second = (feedback.a, None, coupling.t(), conv, None)
+                shift = coupling_shift(weight, feedback.mean_dz, feedback.coupling, feedback.mean_a)
         if acc is None:
+            second = None if a is None or coupling is None else (a, mean_a, coupling, conv, None)
             return _pointwise(grad, mask, mean_dz, weight.t(), Conv(), second=second, shift=shift)[0]
-        a, mean_a, matrix, *_ = second or (None, None, None)
         torch.ops.resnet_fused.pointwise_add_(
-            acc, grad, mask, weight.t(), a, matrix, conv.stride, shift, mean_dz, mean_a
+            acc, grad, mask, weight.t(), a, coupling, conv.stride, shift, mean_dz, mean_a
         )
         return acc
 
@@ -179,14 +178,14 @@ class CpuKernels(AtenKernels):
 
 
 def _pointwise(
-    x: Tensor,
+    x: Operand,
     mask: Tensor | None,
     centre: Tensor | None,
     weight: Tensor,
     conv: Conv,
     *,
     scale: Tensor | None = None,
-    second: tuple[Tensor, Tensor | None, Tensor, Conv, Tensor | None] | None = None,
+    second: tuple[Operand, Tensor | None, Tensor, Conv, Tensor | None] | None = None,
     shift: Tensor | None = None,
     residual: Tensor | None = None,
     residual_mask: Tensor | None = None,

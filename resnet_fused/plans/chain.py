@@ -101,7 +101,11 @@ class _Forward:
 
     def convolve(self, a: Operand, unit: Unit) -> tuple[Tensor, Norm]:
         """The raw output and its batch norm."""
-        y = a if unit.conv is None else channels_last(self.k.fprop(a, weight_of(unit, self.x), unit.conv))
+        if unit.conv is None:
+            assert isinstance(a, Tensor)
+            y = a
+        else:
+            y = channels_last(self.k.fprop(a, weight_of(unit, self.x), unit.conv))
         if unit.training:
             norm = Norm.of(unit, *self.k.bn_stats(y), self.acc)
         else:

@@ -215,8 +215,9 @@ def backward(
 
     operands: dict[int, Operand] = {}
     for i in [last, projection] if has_projection else [last]:
-        unit, below = chain.units[i], walk.any_wanted_below(i) if i == last else needs.x
-        if unit.covariance and (walk.any_parameter_wanted(i) or (unit.training and below)):
+        unit = chain.units[i]
+        feeds_back = unit.training and (walk.any_wanted_below(i) if i == last else needs.x)
+        if unit.covariance and (walk.any_parameter_wanted(i) or feeds_back):
             operands[i] = walk.operand(i)
     if operands:
         walk.through_products(operands, grad, mask)
