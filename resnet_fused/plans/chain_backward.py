@@ -51,6 +51,13 @@ class _Backward:
         self.offsets = [sum(len(u.parameters()) for u in chain.units[:i]) for i in range(len(chain.units))]
         self.gradients: list[Tensor | None] = [None] * len(needs.parameters)
         self.feedback: dict[int, tuple[Tensor, Tensor]] = {}  # b and Σ dz of the units under the covariance plan
+        self.filters: dict[int, Tensor] = {}
+
+    def filter(self, i: int) -> Tensor:
+        """The filter as the forward used it, cast once."""
+        if i not in self.filters:
+            self.filters[i] = weight_of(self.chain.units[i], self.x)
+        return self.filters[i]
 
     def wanted(self, i: int, which: int = 0) -> bool:
         """Whether parameter ``which`` of unit ``i`` needs its gradient (0: the filter, where there is one)."""
@@ -119,7 +126,7 @@ class _Backward:
 
     def _through_product(self, i: int, t: Tensor, sum_dz: Tensor, count: int) -> None:
         unit, norm, moments = self.chain.units[i], self.norms[i], self.moments[i]
-        w = filter_matrix(weight_of(unit, self.x)).to(t.dtype)
+        w = filter_matrix(self.filter(i)).to(t.dtype)
         sum_dz_centred = (w * t).sum(1)
         if moments is None:  # T is about 0, the norm about its running mean
             sum_dz_centred = sum_dz_centred - norm.mean * sum_dz
@@ -136,8 +143,8 @@ class _Backward:
         self, i: int, a: Operand | None, grad: Tensor, mask: Tensor | None, acc: Tensor | None = None
     ) -> Tensor:
         """The gradient at what unit ``i`` read, under the covariance plan; added to ``acc`` where there is one."""
-        unit, norm, moments = self.chain.units[i], self.norms[i], self.moments[i]
-        w = filter_matrix(weight_of(unit, self.x)).to(norm.mean.dtype)
+        norm, moments = self.norms[i], self.moments[i]
+        w = filter_matrix(self.filter(i)).to(norm.mean.dtype)
         feedback = None
         if moments is not None:
             assert a is not None
@@ -159,8 +166,7 @@ class _Backward:
     def dgrad(
         self, i: int, dy: Tensor, like: Tensor, residual: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
-        weight = weight_of(self.chain.units[i], like)
-        return channels_last(self.k.dgrad(dy, like, weight, self.conv(i), residual, mask))
+        return channels_last(self.k.dgrad(dy, like, self.filter(i), self.conv(i), residual, mask))
 
     def descend(self, last: int, dy: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor | None:
         """From the gradient at the raw output of unit ``last`` down the path to the chain's input, where ``residual`` (where
