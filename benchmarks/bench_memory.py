@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resnet_fused import info, networks, peak_memory
+from resnet_fused.arguments import Parser, image_size, one_of, positive
 from resnet_fused.bench import append_csv
-from resnet_fused.cli import _image_size, _one_of, _Parser, _positive
 from resnet_fused.console import UsageError, print_table, progress_bar, require_rich, warn
 
 PROVIDERS = ("stock", "fused")
@@ -268,14 +268,14 @@ def run(options: argparse.Namespace) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    network = _one_of("network", networks.BUILDERS)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    network = one_of("network", networks.BUILDERS)
     parser.add_argument(
         "--network", type=network, nargs="+", default=["resnet18", "resnet50", "resnet101"], metavar="NAME"
     )
     parser.add_argument("--dtype", choices=("fp32", "bf16"), nargs="+", default=["fp32", "bf16"], help="bf16: autocast")
-    parser.add_argument("--batch", type=_positive, default=32)
-    parser.add_argument("--size", type=_image_size, default=224)
+    parser.add_argument("--batch", type=positive, default=32)
+    parser.add_argument("--size", type=image_size, default=224)
     parser.add_argument("--detail", action="store_true", help="what is kept, by shape and dtype, largest first")
     default = Path(__file__).parent / "results" / "memory_cpu.csv"
     parser.add_argument("--results-file", type=Path, default=default, metavar="CSV", help="rows are appended")

@@ -13,31 +13,26 @@ from __future__ import annotations
 
 import argparse
 import csv
-import functools
-import gzip
 import math
 import statistics
 import sys
 import time
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy
+import labelled_images
 import torch
+from labelled_images import LabelledImages
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resnet_fused import bench, info, networks
-from resnet_fused.cli import _image_size, _one_of, _Parser, _positive
+from resnet_fused.arguments import Parser, image_size, one_of, positive
 from resnet_fused.console import UsageError, print_table, progress_bar, require_rich
 
 PROVIDERS = {"stock": torch.channels_last, "fused": torch.channels_last, "stock_nchw": torch.contiguous_format}
-DEBIAN = Path("/usr/share/datasets/fashion-mnist")
-FASHION_MNIST = 0x242BC73F  # crc32 of its test labels: a folder's name proves nothing
-FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 WARM_UP, WEIGHT_DECAY = 0.05, 5e-4  # the warm-up is a fraction of all steps
 LAST = 20  # steps whose mean is the final loss
 EVALUATION_BATCH = 250
@@ -61,88 +56,6 @@ ACCURACY_COLUMNS = (
 COLOURS = {"stock": "#0072B2", "fused": "#D55E00", "stock_nchw": "#8C8C8C"}
 SMOOTHED_OVER = 15
 Key = tuple[str, str, str, int]
-
-
-@dataclass(frozen=True)
-class Data:
-    """Labelled pictures: images ``uint8 [N, H, W]``, labels ``int64 [N]``."""
-
-    name: str
-    train_x: Tensor
-    train_y: Tensor
-    test_x: Tensor
-    test_y: Tensor
-
-    @functools.cached_property
-    def normalisation(self) -> tuple[Tensor, Tensor]:
-        """Mean and deviation of the training images; ten thousand tell them."""
-        some = self.train_x[:10_000].float()
-        return some.mean(), some.std()
-
-    def batch(self, images: Tensor, size: int, layout: torch.memory_format) -> Tensor:
-        """``float32 [n, 3, size, size]``, normalised by the training images, three equal channels."""
-        mean, std = self.normalisation
-        x = (images[:, None].float() - mean) / std
-        if size != x.shape[-1]:
-            x = F.interpolate(x, size=size, mode="bilinear", align_corners=False)
-        return x.expand(-1, 3, -1, -1).contiguous(memory_format=layout)
-
-
-def read_idx(path: Path) -> Tensor:
-    """The uint8 tensor of an idx file, gzipped or not.
-
-    Raises:
-        UsageError: it is none.
-    """
-    try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        if raw[:3] != b"\0\0\x08":
-            raise ValueError("not an idx file of bytes")
-        shape = numpy.frombuffer(raw, ">i4", raw[3], offset=4).tolist()
-        return torch.from_numpy(numpy.frombuffer(raw, "u1", offset=4 + 4 * raw[3]).reshape(shape).copy())
-    except (OSError, EOFError, zlib.error, ValueError, IndexError) as error:
-        raise UsageError(f"--data: cannot read {path}: {error}") from None
-
-
-def find_idx(folder: Path) -> list[Path] | None:
-    """The four files in a folder, or in the ``raw`` folder that torchvision's datasets make below it."""
-    for place in (folder, *(folder / below for below in ("raw", "FashionMNIST/raw", "MNIST/raw"))):
-        found = [next((p for p in (place / name, place / f"{name}.gz") if p.is_file()), None) for name in FILES]
-        if all(found):
-            return [path for path in found if path is not None]
-    return None
-
-
-def digits() -> Data:
-    """scikit-learn's 1,797 handwritten digits, 8×8, a quarter of them for the test."""
-    try:
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-    except ImportError as error:
-        raise UsageError("digits need 'scikit-learn'; --data names a folder with idx files instead") from error
-    pixels, labels = load_digits(return_X_y=True)
-    images = (pixels.reshape(-1, 8, 8) * (255 / 16)).round().astype("u1")
-    parts = train_test_split(images, labels, test_size=0.25, random_state=0, stratify=labels)
-    train_x, test_x, train_y, test_y = (torch.from_numpy(part) for part in parts)
-    return Data("digits", train_x, train_y.long(), test_x, test_y.long())
-
-
-def load(where: str | None) -> Data:
-    """The data set: ``where`` is a folder, "digits", or None for what is there."""
-    if where == "digits":
-        return digits()
-    paths = find_idx(DEBIAN if where is None else Path(where))
-    if paths is None:
-        if where is not None:
-            raise UsageError(f"--data: no {FILES[0]}[.gz] and the three files beside it in {where}")
-        print("no Fashion-MNIST here (apt-get install dataset-fashion-mnist): scikit-learn's digits instead")
-        return digits()
-    train_x, train_y, test_x, test_y = map(read_idx, paths)
-    for x, y in ((train_x, train_y), (test_x, test_y)):
-        if x.dim() != 3 or y.shape != x.shape[:1]:
-            raise UsageError(f"--data: images {tuple(x.shape)} do not fit labels {tuple(y.shape)}")
-    known = zlib.crc32(test_y.numpy().tobytes()) == FASHION_MNIST
-    return Data("fashion-mnist" if known else "idx files", train_x, train_y.long(), test_x, test_y.long())
 
 
 @dataclass(frozen=True)
@@ -181,7 +94,9 @@ def build(network: str, provider: str, seed: int, classes: int) -> nn.Module:
     return networks.in_layout(model, PROVIDERS[provider]).train()
 
 
-def accuracy(model: nn.Module, data: Data, plan: Plan, layout: torch.memory_format, dtype: torch.dtype) -> float:
+def accuracy(
+    model: nn.Module, data: LabelledImages, plan: Plan, layout: torch.memory_format, dtype: torch.dtype
+) -> float:
     """Fraction of the first ``test_images`` test images that the network in eval mode gets right."""
     model.eval()
     right = 0
@@ -192,7 +107,9 @@ def accuracy(model: nn.Module, data: Data, plan: Plan, layout: torch.memory_form
     return right / len(y)
 
 
-def train(key: Key, data: Data, plan: Plan, advance: Callable[[float], None]) -> tuple[list[float], float, list[float]]:
+def train(
+    key: Key, data: LabelledImages, plan: Plan, advance: Callable[[float], None]
+) -> tuple[list[float], float, list[float]]:
     """One run: (losses, test accuracy, seconds of each step, without making its batch)."""
     network, dtype_name, provider, seed = key
     layout, dtype = PROVIDERS[provider], networks.DTYPES[dtype_name]
@@ -366,7 +283,7 @@ def draw(results: Results) -> None:
 
 def run(options: argparse.Namespace, results: Results) -> None:
     """Train what the files do not hold yet."""
-    data = load(options.data)
+    data = labelled_images.load(options.data)
     if not 2 <= options.batch <= len(data.train_x):
         raise UsageError(f"--batch: between 2 and the {len(data.train_x)} training images, got {options.batch}")
     plan = Plan(options.size, options.batch, options.steps, options.lr, min(options.test_images, len(data.test_x)))
@@ -411,19 +328,19 @@ def run(options: argparse.Namespace, results: Results) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    network, provider = _one_of("network", networks.BUILDERS), _one_of("provider", tuple(PROVIDERS))
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    network, provider = one_of("network", networks.BUILDERS), one_of("provider", tuple(PROVIDERS))
     parser.add_argument("--network", type=network, nargs="+", default=["resnet50", "wide_resnet50_2"], metavar="NAME")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), nargs="+", default=["fp32"], help="bf16: autocast")
     parser.add_argument(
         "--providers", type=provider, nargs="+", default=["stock", "fused"], metavar="NAME", help=", ".join(PROVIDERS)
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=_positive, default=300)
-    parser.add_argument("--batch", type=_positive, default=64)
+    parser.add_argument("--steps", type=positive, default=300)
+    parser.add_argument("--batch", type=positive, default=64)
     parser.add_argument("--lr", type=float, default=0.005, help="the highest learning rate")
-    parser.add_argument("--size", type=_image_size, default=32, help="images are enlarged to SIZE×SIZE")
-    parser.add_argument("--test-images", type=_positive, default=10_000, help="how many, from the first on")
+    parser.add_argument("--size", type=image_size, default=32, help="images are enlarged to SIZE×SIZE")
+    parser.add_argument("--test-images", type=positive, default=10_000, help="how many, from the first on")
     parser.add_argument(
         "--data", metavar="FOLDER|digits", help="idx files; default: Debian's Fashion-MNIST, else digits"
     )

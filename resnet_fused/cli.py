@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import sys
-from collections.abc import Callable, Sequence
-from typing import NoReturn
+from collections.abc import Sequence
 
-import torch
-
+from .arguments import Parser, device_name, image_size, one_of, positive
 from .console import UsageError, require_rich, warn
 from .networks import BUILDERS, DTYPES
 from .version import __version__
@@ -17,51 +14,11 @@ from .version import __version__
 PROVIDERS = ("stock", "fused", "compile")
 
 
-class _Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
-def _one_of(kind: str, choices: Sequence[str]) -> Callable[[str], str]:
-    def check(value: str) -> str:
-        if value in choices:
-            return value
-        close = difflib.get_close_matches(value, choices, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(choices)}"
-        raise argparse.ArgumentTypeError(f"unknown {kind} {value!r}, {hint}")
-
-    return check
-
-
-def _positive(value: str) -> int:
-    if not value.isdecimal() or int(value) == 0:
-        raise argparse.ArgumentTypeError(f"expected a positive whole number, got {value!r}")
-    return int(value)
-
-
-def _image_size(value: str) -> int:
-    size = _positive(value)
-    if size < 32:
-        raise argparse.ArgumentTypeError(f"a ResNet halves its input five times: at least 32, got {size}")
-    return size
-
-
-def _device(value: str) -> str:
-    try:
-        device = torch.device(value)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise argparse.ArgumentTypeError(f"cannot use device {value!r}: {str(error).splitlines()[0]}") from None
-    return str(device)
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="resnet-fused", description="Fused ResNets for PyTorch: look, verify, measure, classify.")
+    parser = Parser(prog="resnet-fused", description="Fused ResNets for PyTorch: look, verify, measure, classify.")
     parser.add_argument("--version", action="version", version=f"resnet_fused {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="{info,verify,bench,predict}", parser_class=_Parser)
-    model, dtype = _one_of("model", BUILDERS), _one_of("dtype", tuple(DTYPES))
+    commands = parser.add_subparsers(dest="command", metavar="{info,verify,bench,predict}", parser_class=Parser)
+    model, dtype = one_of("model", BUILDERS), one_of("dtype", tuple(DTYPES))
 
     info = commands.add_parser("info", help="versions, backends, device, settings")
     info.add_argument("--json", action="store_true", help="machine-readable")
@@ -74,32 +31,32 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype", "--dtypes", dest="dtype", type=dtype, nargs="+", default=["fp32", "bf16"], metavar="DTYPE"
     )
     verify.add_argument("--mode", choices=("eval", "train"), nargs="+", default=["eval", "train"])
-    verify.add_argument("--batch", type=_positive, default=4)
-    verify.add_argument("--image-size", type=_image_size, default=64)
-    verify.add_argument("--device", type=_device, default="cpu")
+    verify.add_argument("--batch", type=positive, default=4)
+    verify.add_argument("--image-size", type=image_size, default=64)
+    verify.add_argument("--device", type=device_name, default="cpu")
 
     bench = commands.add_parser("bench", help="measure stock, fused and torch.compile side by side")
     bench.add_argument("--model", type=model, default="resnet50", metavar="NAME")
-    bench.add_argument("--batch", type=_positive, nargs="+", default=[16])
-    bench.add_argument("--image-size", type=_image_size, default=224)
+    bench.add_argument("--batch", type=positive, nargs="+", default=[16])
+    bench.add_argument("--image-size", type=image_size, default=224)
     bench.add_argument(
         "--dtype", type=dtype, nargs="+", default=["fp32"], metavar="DTYPE", help="fp64, fp32, bf16, fp16"
     )
     bench.add_argument("--mode", choices=("infer", "train"), default="infer")
-    bench.add_argument("--device", type=_device, default="cpu")
+    bench.add_argument("--device", type=device_name, default="cpu")
     bench.add_argument(
         "--images", metavar="DIR", help="a folder of pictures; default: scikit-image's photographs, else noise"
     )
     bench.add_argument("--results-file", metavar="CSV", help="rows are appended")
     bench.add_argument(
         "--providers",
-        type=_one_of("provider", PROVIDERS),
+        type=one_of("provider", PROVIDERS),
         nargs="+",
         default=list(PROVIDERS),
         metavar="NAME",
         help=", ".join(PROVIDERS) + " (stock always runs: it is what the others are compared with)",
     )
-    bench.add_argument("--repeats", type=_positive, default=11, help="samples per provider, interleaved")
+    bench.add_argument("--repeats", type=positive, default=11, help="samples per provider, interleaved")
     bench.add_argument("--no-memory", action="store_true", help="leave out the peak memory, which takes a process each")
 
     predict = commands.add_parser("predict", help="classify pictures")
@@ -109,9 +66,9 @@ def _parser() -> argparse.ArgumentParser:
         "--weights", metavar="FILE|NAME", help=".pth, .safetensors, or torchvision's DEFAULT, IMAGENET1K_V1, …"
     )
     predict.add_argument("--random", action="store_true", help="run an untrained network: its answers mean nothing")
-    predict.add_argument("--top-k", type=_positive, default=5)
+    predict.add_argument("--top-k", type=positive, default=5)
     predict.add_argument("--labels", metavar="FILE", help="one label per line; default: torchvision's for ImageNet")
-    predict.add_argument("--device", type=_device, default="cpu")
+    predict.add_argument("--device", type=device_name, default="cpu")
     return parser
 
 

@@ -22,6 +22,7 @@ def imported(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    monkeypatch.syspath_prepend(str(FOLDER))  # as for a script: they import one another
     monkeypatch.setitem(sys.modules, name, module)  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
@@ -93,7 +94,7 @@ def test_training(idx_folder: Path, tmp_path: Path, monkeypatch, capsys):
 
 def test_training_runs_on_digits_too(monkeypatch):
     pytest.importorskip("sklearn", reason="digits come with scikit-learn")
-    data = imported("bench_training", monkeypatch).load("digits")
+    data = imported("labelled_images", monkeypatch).load("digits")
     assert (data.name, len(data.train_x) + len(data.test_x), int(data.train_x.max())) == ("digits", 1797, 255)
     x = data.batch(data.train_x[:200], 48, torch.channels_last)
     assert x.shape == (200, 3, 48, 48) and x.is_contiguous(memory_format=torch.channels_last)
