@@ -58,7 +58,7 @@ struct Table {
   RangeKernel pool, pool_backward_reduce, pool_backward;
 };
 
-// --- matrix products (products.inc). A channels_last tensor is a matrix [pixels, channels]. ---
+// --- matrix products (products.inc, pointwise.inc, cross.inc). A channels_last tensor is a matrix [pixels, channels]. ---
 
 constexpr i64 kStrip = 32;       // output columns summed at a time; weights are padded to a multiple of it
 constexpr i64 kRowUnit = 24;     // rows: a multiple of every kernel's group, and of 8, so that no mask byte is shared
