@@ -55,7 +55,7 @@ def through_covariance(weight: Tensor, mean: Tensor, cov: Tensor) -> tuple[Tenso
     Returns:
         mean, var (Tensor[K]).
     """
-    return weight @ mean, ((weight @ cov) * weight).sum(1).clamp_min(0)
+    return weight @ mean, (weight @ cov).mul_(weight).sum(1).clamp_min_(0)
 
 
 def ill_conditioned(weight: Tensor, mean: Tensor, cov: Tensor, var: Tensor, unit: float, limit: float) -> Tensor:
@@ -85,7 +85,7 @@ def weight_gradient(t: Tensor, a: Tensor, b: Tensor, count: int, weight: Tensor,
         a, b (Tensor[K]): of ``backward_coefficients``. count: M.
         weight (Tensor[K, C]), cov (Tensor[C, C]).
     """
-    return a[:, None] * t + (b * count)[:, None] * (weight @ cov)
+    return (weight @ cov).mul_((b * count)[:, None]).addcmul_(a[:, None], t)
 
 
 def coupling(weight: Tensor, b: Tensor) -> Tensor:

@@ -124,7 +124,7 @@ class AtenKernels(Kernels):
         mean, var, matrix = mean.clone(), var.clone(), rows(a, conv.stride).double()
         for some in channels.split(32):
             y = matrix @ filter_matrix(weight)[some].double().t()
-            var[some], mean[some] = torch.var_mean(y, 0, unbiased=False)
+            var[some], mean[some] = (t.to(mean.dtype) for t in torch.var_mean(y, 0, unbiased=False))
         return mean, var
 
     def fprop_bn_act(

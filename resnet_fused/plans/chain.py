@@ -85,7 +85,7 @@ def match_layout(t: Tensor, like: Tensor) -> Tensor:
 
 
 def moments_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which ā and Cov are saved: one in which W·Cov may cancel down to the precision of the activations."""
+    """The dtype of ā and Cov: one in which W·Cov may cancel down to the precision of the activations."""
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else torch.float64
 
 
@@ -120,10 +120,10 @@ class _Forward:
         assert unit.conv is not None
         weight = weight_of(unit, self.x)
         if unit.training:
-            mean, cov = self.k.gram(a, unit.conv)
+            mean, cov = (t.to(moments_dtype(self.x.dtype)) for t in self.k.gram(a, unit.conv))
             norm = Norm.of(unit, *self._through(a, unit, weight, mean, cov), self.acc)
             if self.save:
-                self.moments.append(statistics.pack_moments(mean, cov).to(moments_dtype(self.x.dtype)))
+                self.moments.append(statistics.pack_moments(mean, cov))
         else:
             norm = Norm.running(unit, self.acc)
         self.norms.append(norm)
@@ -134,7 +134,8 @@ class _Forward:
         assert unit.conv is not None
         w = filter_matrix(weight).to(cov.dtype)
         out_mean, out_var = statistics.through_covariance(w, mean, cov)
-        unit_roundoff, limit = self.k.gram_unit(self.x.dtype), torch.finfo(self.x.dtype).eps / 8
+        unit_roundoff = max(self.k.gram_unit(self.x.dtype), torch.finfo(cov.dtype).eps / 2)
+        limit = torch.finfo(self.x.dtype).eps / 8
         flagged = statistics.ill_conditioned(w, mean, cov, out_var, unit_roundoff, limit)
         return self.k.recompute_statistics(a, weight, unit.conv, flagged, out_mean, out_var)
 
