@@ -258,11 +258,14 @@ def test_outputs_and_gradients(name: str, training: bool, dtype: torch.dtype, re
     """One draw of the networks in the default suite; the median of three draws of the others.
 
     The error of one tensor out of hundreds is a noisy number: stock in channels_last exceeds this very limit against stock
-    in NCHW in each of twenty fp32 draws of ResNet-18 and 34, and ours exceeds it in one of the twenty.
+    in NCHW in each of twenty fp32 draws of ResNet-18 and 34, and ours exceeds it in one of the twenty. In the deepest
+    networks stock's errors also depend on the number of threads (layer4.0.bn1.bias of a ResNet-152: 7e-5 with one, 2e-4 with
+    two), so that theirs are compared with the worst of four roundings.
     """
-    if (name, training, dtype) == ("resnet152", True, torch.bfloat16):
+    if name in ("resnet101", "resnet152") and training and dtype == torch.bfloat16:
         reason = (
-            "so deep that no bfloat16 gradient is left to compare: errors above 1 in 64-80 % of tensors on every side"
+            "so deep that bfloat16 leaves little gradient to compare: stock's worst tensor is off by 30 to 80 times itself "
+            "(resnet101), and errors are above 1 in 64-80 % of tensors on every side (resnet152)"
         )
         request.applymarker(pytest.mark.xfail(reason=reason, strict=False))
     shares = []
@@ -271,8 +274,13 @@ def test_outputs_and_gradients(name: str, training: bool, dtype: torch.dtype, re
         # Evaluation has ordinary ReLUs, where rounding flips signs: outputs only. Its gradients are compared in float64.
         exact = _step(gold, x.double(), training)
         other = copy.deepcopy(stock).to(memory_format=torch.channels_last)
-        stocks = [_step(stock, x, training), _step(other, x.contiguous(memory_format=torch.channels_last), training)]
         found = _step(ours, x, training)
+        stocks = []
+        for threads in (1,) if name in FAST else (1, 2):
+            torch.set_num_threads(threads)
+            stocks.append(_step(stock, x, training))
+            stocks.append(_step(other, x.contiguous(memory_format=torch.channels_last), training))
+        torch.set_num_threads(1)
         assert found.keys() == exact.keys()
         share, line = _worst(_errors(found, exact), [_errors(side, exact) for side in stocks], dtype)
         print(f"{name} {dtype} seed {seed}: {line}")
