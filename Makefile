@@ -8,6 +8,7 @@ VENV ?= .venv
 TORCH_VERSION ?= 2.13.0
 TORCHVISION_VERSION ?= 0.28.0
 RUFF_VERSION ?= 0.17.6
+TRITON_VERSION ?= 3.6.0
 TORCH_INDEX_URL ?=
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 TORCH_SPEC ?= $(if $(HAS_GPU),torch,torch==$(TORCH_VERSION))
@@ -18,7 +19,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 NATIVE_SOURCES := setup.py pyproject.toml $(shell find csrc build_backend -type f -not -path '*/__pycache__/*' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint bench demo clean distclean
+.PHONY: help setup test lint bench budget demo clean distclean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -44,6 +45,8 @@ $(VENV)/.packages: $(VENV)/.torch
 	@$(BIN)/python -c 'import importlib.metadata as m; m.version("torchvision")' 2>/dev/null || \
 	  $(PIP) --no-deps 'torchvision==$(TORCHVISION_VERSION)'
 	@$(PIP) --no-deps timm
+	@$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) 'triton==$(TRITON_VERSION)' || \
+	  echo "no Triton here: the tests of its kernels are left out"
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.packages $(NATIVE_SOURCES)
@@ -53,6 +56,9 @@ $(VENV)/.built: $(VENV)/.packages $(NATIVE_SOURCES)
 
 test: setup  ## the default test suite
 	$(BIN)/python -m pytest -q -n auto $(PYTEST_ARGS)
+
+budget: setup  ## compile every shipped Triton configuration for three GPU generations; writes tests/triton/budget.csv
+	$(BIN)/python tests/triton/resources.py
 
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .

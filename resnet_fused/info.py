@@ -18,13 +18,14 @@ from .version import __version__
 
 # (name, default, meaning): the one table of every environment variable that this package reads.
 ENVIRONMENT = (
-    ("RESNET_FUSED_BACKEND", "auto", "backend in use from the start: auto, aten or cpu"),
+    ("RESNET_FUSED_BACKEND", "auto", "backend in use from the start: auto, aten, cpu or triton"),
     ("RESNET_FUSED_COVARIANCE", "auto", "where the covariance plan is used from the start: auto, always or never"),
     (
         "RESNET_FUSED_CPU_CAPABILITY",
         "the best there is",
         "lowers the kernels' instruction set: baseline, avx2 or avx512",
     ),
+    ("RESNET_FUSED_TUNING_TABLE", "in the cache directory", "the user's table of measured Triton configurations"),
     ("MAX_JOBS", "one per core", "build: compilers run at once"),
     ("DEBUG", "0", "build: 1 compiles with -O0 -g and assertions"),
     ("FORCE_CUDA", "0", "build: 1 makes a missing CUDA toolkit an error"),

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-import resnet_fused
+# Triton decides when it is imported, and when a kernel is defined, whether that will be interpreted on the processor.
+if importlib.util.find_spec("triton") and not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+    import triton  # noqa: F401
+
+    import resnet_fused
+
+    del os.environ["TRITON_INTERPRET"]  # not for the processes that tests start
+else:
+    import resnet_fused
 
 torch.set_num_threads(1)  # the inputs are small; more threads only wait for each other
 
@@ -26,7 +37,8 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=resnet_fused.available_backends())
+# The interpreter is slow: tests/triton has smaller inputs.
+@pytest.fixture(params=[name for name in resnet_fused.available_backends() if name != "triton"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     with resnet_fused.backend(request.param):
         yield request.param

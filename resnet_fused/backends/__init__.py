@@ -27,13 +27,34 @@ __all__ = [
 
 ENVIRONMENT_VARIABLE = "RESNET_FUSED_BACKEND"
 
-_NOT_BUILT = "this version has no GPU kernels; on a GPU the 'aten' backend runs"
 _KERNELS: dict[str, Kernels] = {"aten": AtenKernels()}
-_REASONS: dict[str, str] = {"triton": _NOT_BUILT, "cuda": _NOT_BUILT}
+_REASONS: dict[str, str] = {"cuda": "this version has no CUDA kernels"}
 if native.is_loaded():
     _KERNELS["cpu"] = CpuKernels()
 else:
     _REASONS["cpu"] = native.status()
+
+
+def load_triton() -> Kernels | str:
+    """The backend, or why it cannot run here."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if not (interpreted or torch.cuda.is_available()):
+        return "PyTorch sees no GPU; TRITON_INTERPRET=1 runs its kernels on the processor, slowly"
+    if not interpreted and torch.cuda.get_device_capability() < (8, 0):
+        return "it needs an NVIDIA GPU of compute capability 8.0 or higher"
+    try:
+        from .triton import TritonKernels
+    except ImportError as error:
+        return f"Triton cannot be imported: {error}"
+    # cuDNN's 3×3 until a GPU has measured ours.
+    return TritonKernels(own_conv3x3=interpreted)
+
+
+_triton = load_triton()
+if isinstance(_triton, str):
+    _REASONS["triton"] = _triton
+else:
+    _KERNELS["triton"] = _triton
 
 
 def available_backends() -> list[str]:

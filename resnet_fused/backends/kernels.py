@@ -112,6 +112,11 @@ class Kernels(ABC):
     def fprop(self, x: Operand, weight: Tensor, conv: Conv) -> Tensor:
         """Raw convolution output ``[N, K, P, Q]``, in the layout of ``x``."""
 
+    def fprop_stats(self, x: Operand, weight: Tensor, conv: Conv) -> tuple[Tensor, Tensor, Tensor]:
+        """``fprop`` in channels_last, and ``bn_stats`` of it (genstats where a kernel has that epilogue)."""
+        y = self.fprop(x, weight, conv).contiguous(memory_format=torch.channels_last)
+        return y, *self.bn_stats(y)
+
     @abstractmethod
     def dgrad(
         self,

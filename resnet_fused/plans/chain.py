@@ -104,11 +104,12 @@ class _Forward:
         if unit.conv is None:
             assert isinstance(a, Tensor)
             y = a
+            norm = Norm.of(unit, *self.k.bn_stats(y), self.acc) if unit.training else Norm.running(unit, self.acc)
+        elif unit.training:
+            y, mean, var = self.k.fprop_stats(a, weight_of(unit, self.x), unit.conv)
+            norm = Norm.of(unit, mean, var, self.acc)
         else:
             y = channels_last(self.k.fprop(a, weight_of(unit, self.x), unit.conv))
-        if unit.training:
-            norm = Norm.of(unit, *self.k.bn_stats(y), self.acc)
-        else:
             norm = Norm.running(unit, self.acc)
         self.norms.append(norm)
         if self.save and unit.conv is not None:

@@ -1,0 +1,181 @@
+"""Launchers of sums over rows: gradients of 1×1 filters, and covariances. What ``products`` says of its arguments holds here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+from torch import Tensor
+
+from ..kernels import Conv, Operand
+from . import cross
+from .launching import (
+    gradient,
+    operand,
+    options,
+    output_shape,
+    partial_dtype,
+    rows_of,
+    shape_of,
+    split,
+    strided,
+    vector,
+)
+from .operands import PendingGrad
+from .tuning import Config, choose
+
+
+def _wgrad(
+    dy: Tensor | PendingGrad,
+    mask: Tensor | None,
+    a: Operand,
+    centre: Tensor | None,
+    conv: Conv,
+    want_sums: bool,
+    config: Config | None,
+) -> tuple[Tensor, Tensor | None]:
+    """``dYᵀ(A − centre)`` ``[K, C]`` and on demand ``Σ dY`` ``[K]``, both in float64."""
+    dz, *pending = gradient(dy)
+    x, x_scale, x_shift, x_relu = operand(a)
+    k, c = dz.shape[1], x.shape[1]
+    if output_shape(x, k, conv) != tuple(dz.shape) or x.dtype != dz.dtype:
+        raise ValueError(f"expected the gradient of {conv} of {tuple(x.shape)}, got {tuple(dz.shape)}")
+    rows = rows_of(dz.shape)
+    if config is None:
+        flags = {
+            "pending": x_scale is not None,
+            "pending_grad": isinstance(dy, PendingGrad),
+            "masked": mask is not None,
+        }
+        config = choose("wgrad1x1", shape_of(rows, c, k, conv, **flags), x.dtype, x.device)
+    tiles = triton.cdiv(k, config.block_n) * triton.cdiv(c, config.block_k)
+    splits, chunks = split(rows, tiles, config.block_m, x.device)
+    partials = x.new_empty((splits, k, c), dtype=partial_dtype(x.dtype))
+    sums = x.new_empty((splits, k), dtype=torch.float64) if want_sums else None
+    cross.wgrad_kernel[(tiles, splits)](
+        dz,
+        mask,
+        *pending,
+        x,
+        x_scale,
+        x_shift,
+        vector(centre),
+        partials,
+        sums,
+        rows,
+        k,
+        c,
+        *dz.shape[2:],
+        *x.shape[2:],
+        *conv.stride,
+        chunks,
+        A_RELU=x_relu,
+        STRIDED=strided(conv),
+        K_ALIGNED=k % 8 == 0,
+        COMPENSATED=x.dtype == torch.float32,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        **options(config),
+    )
+    return partials.sum(0, dtype=torch.float64), None if sums is None else sums.sum(0)
+
+
+def wgrad(dy: Tensor | PendingGrad, a: Operand, conv: Conv, config: Config | None = None) -> Tensor:
+    """``dYᵀA`` ``[K, C]`` in float32.
+
+    Numerics: products of a chunk of rows are summed in float32, chunks in twice that, splits of the rows in float64 in a fixed
+        order.
+    Traffic: reads dy (dz and y if pending) and a, once for each block of the other's channels; writes and reads splits·K·C.
+    """
+    return _wgrad(dy, None, a, None, conv, False, config)[0].to(torch.float32)
+
+
+def wgrad_bn_act(
+    grad: Tensor,
+    mask: Tensor | None,
+    operands: Sequence[tuple[Operand, Tensor | None, Conv]],
+    config: Config | None = None,
+) -> tuple[list[Tensor], Tensor]:
+    """``T = dzᵀ(A − centre)`` ``[K, C]`` for each ``(a, centre, conv)``, and ``Σ dz`` ``[K]``, dz being ``grad`` where ``mask``.
+
+    Returns:
+        T in float64 for float32, else in float32; Σ dz in float32.
+    Numerics: as ``wgrad``. float32 is centred while it is loaded; in half precision that would round it, and
+        ``Σ dz·centreᵀ`` is taken away in float64.
+    Traffic: reads each operand, and grad for each of them.
+    """
+    full = grad.dtype == torch.float32
+    products, first_sum = [], None
+    for a, centre, conv in operands:
+        t, sums = _wgrad(grad, mask, a, centre if full else None, conv, True, config)
+        if not full:
+            if centre is not None:
+                t = torch.addr(t, sums, centre.to(torch.float64), alpha=-1)
+            t = t.to(torch.float32)
+        products.append(t)
+        first_sum = sums if first_sum is None else first_sum
+    return products, first_sum.to(torch.float32)
+
+
+def gram(a: Operand, conv: Conv, config: Config | None = None) -> tuple[Tensor, Tensor]:
+    """Mean ``[C]`` and biased covariance ``[C, C]`` of A's rows, in float64.
+
+    Splits of the rows are merged all at once with Chan's formula (``statistics.merge_covariances``): with ``n_s`` rows, centre
+    ``k_s``, ``u_s`` the mean of ``A − k_s`` and ``S_s`` its products, ``µ_s = k_s + u_s``::
+
+        mean = Σ n_s·µ_s / M        M·cov = Σ S_s − Σ n_s·u_s u_sᵀ + Σ n_s·(µ_s − mean)(µ_s − mean)ᵀ
+
+    Numerics: products of a chunk of rows are summed in float32, chunks in twice that. float32 is centred about the mean of each
+        split's first chunk while it is loaded; in half precision ``k_s = 0`` and single products are exact.
+    Traffic: reads a once for each block of channels; writes and reads splits·C².
+    """
+    x, scale, shift, relu = operand(a)
+    c = x.shape[1]
+    shape = output_shape(x, c, conv)
+    rows = rows_of(shape)
+    if not rows:
+        nan = x.new_full((c,), float("nan"), dtype=torch.float64)
+        return nan, nan.expand(c, c).contiguous()
+    if config is None:
+        config = choose("gram", shape_of(rows, c, c, conv, pending=scale is not None), x.dtype, x.device)
+    if config.block_n != config.block_k:
+        raise ValueError(f"config: expected square tiles, got {config}")
+    side = triton.cdiv(c, config.block_n)
+    splits, chunks = split(rows, side * (side + 1) // 2, config.block_m, x.device)
+    partials = x.new_empty((splits, c, c), dtype=partial_dtype(x.dtype))
+    sums = x.new_empty((splits, c), dtype=torch.float64)
+    centres = x.new_empty((splits, c), dtype=torch.float32) if x.dtype == torch.float32 else None
+    cross.gram_kernel[(side * side, splits)](
+        x,
+        scale,
+        shift,
+        partials,
+        sums,
+        centres,
+        rows,
+        c,
+        *shape[2:],
+        *x.shape[2:],
+        *conv.stride,
+        chunks,
+        RELU=relu,
+        STRIDED=strided(conv),
+        COMPENSATED=x.dtype == torch.float32,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        **options(config),
+    )
+    count = x.new_full((splits, 1), chunks * config.block_m, dtype=torch.float64)
+    count[-1] = rows - (splits - 1) * chunks * config.block_m
+    offset = sums / count
+    means = offset if centres is None else centres + offset
+    mean = (means * count).sum(0) / rows
+    delta = means - mean
+    between = (delta * count).t() @ delta - sums.t() @ offset
+    # Below the diagonal, tiles were not written.
+    upper = (partials.sum(0, dtype=torch.float64) + between).triu_() / rows
+    cov = upper + upper.triu(1).t()
+    cov.diagonal().clamp_min_(0)
+    return mean, cov

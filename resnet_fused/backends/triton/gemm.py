@@ -1,0 +1,375 @@
+"""Kernels of 1×1 convolutions as rows of activations times a filter, with what batch norm does in front and behind.
+
+An operand may be formed while it is loaded (``Pending``, ``PendingGrad``, a masked or centred gradient), and what follows a
+convolution happens to the sums while they are in registers. Optional tensors are None where they are absent.
+
+A launch has as many programs as the GPU holds; program p computes the tiles p, p + programs, …, the tiles of one block of rows
+following each other, so that these rows come from L2. Which program computes a tile changes no bit of it.
+
+Fewer than 2³¹ rows and filter elements; activations may have more elements.
+"""
+
+import triton
+from triton import language as tl
+
+from .language import load_mask, passes, relu, store_mask, tile_moments
+
+
+@triton.jit
+def load_vector(vector, column, width):
+    """Per-channel values; 0 outside."""
+    return tl.load(vector + column, mask=column < width, other=0.0)
+
+
+@triton.jit
+def pixels(first, BLOCK: tl.constexpr, P, Q, H, W, stride_h, stride_w, STRIDED: tl.constexpr):
+    """The rows of the input matrix ``[N·H·W, C]`` behind the rows ``first`` (int64), first + 1, … of the output ``[N·P·Q, K]``:
+    the first of them (int64), and all relative to it: without stride in int32, half the registers of 64-bit addresses."""
+    if STRIDED:
+        row = first + tl.arange(0, BLOCK)
+        pixel = (row // (P * Q) * H + row // Q % P * stride_h) * W + row % Q * stride_w
+        origin = (first // (P * Q) * H + first // Q % P * stride_h) * W + first % Q * stride_w
+        return origin, pixel - origin
+    else:
+        return first, tl.arange(0, BLOCK)
+
+
+@triton.jit
+def load_operand(x, scale, shift, centre, pixel, valid_row, column, width, RELU: tl.constexpr):
+    """The tile of ``act(scale·x + shift)``, rounded as if it had been stored, minus ``centre``, in the dtype of x.
+
+    Without ``scale`` it is x. Outside ``width`` it is 0; rows that are not valid hold anything (0 if there is neither scale
+    nor centre).
+    """
+    valid = valid_row[:, None] & (column < width)[None, :]
+    tile = tl.load(x + pixel[:, None] * width + column[None, :], mask=valid, other=0.0)
+    if scale is not None:
+        z = tile.to(tl.float32) * load_vector(scale, column, width)[None, :]
+        z += load_vector(shift, column, width)[None, :]
+        if RELU:
+            z = relu(z)
+        tile = z.to(x.dtype.element_ty)
+    if centre is not None:
+        tile -= load_vector(centre, column, width)[None, :]
+    return tile
+
+
+@triton.jit
+def load_bits(mask, row, valid_row, valid, first, width, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
+    """``load_mask`` of the rows from ``row`` (int64)."""
+    local = tl.arange(0, valid_row.shape[0])
+    if ALIGNED:  # it looks at the columns by itself
+        return load_mask(mask + row * (width // 8), local, first, width, valid_row[:, None], BLOCK, True)
+    else:
+        return load_mask(mask, row + local, first, width, valid, BLOCK, False)
+
+
+@triton.jit
+def load_gradient(
+    dz,
+    mask,
+    mean_dz,
+    y,
+    y_mean,
+    y_a,
+    y_b,
+    y_c,
+    row,
+    valid_row,
+    first,
+    width,
+    BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """The tile of ``dz`` where ``mask``, minus ``mean_dz``; with ``y`` of ``a·dz + b·(y − mean) + c``, rounded as if it had
+    been stored. Rows from ``row`` (int64), columns ``[first, first + BLOCK)``.
+
+    Outside ``width`` it is 0; rows that are not valid hold anything (0 if there is neither y nor mean_dz).
+    """
+    column = first + tl.arange(0, BLOCK)
+    valid = valid_row[:, None] & (column < width)[None, :]
+    at = tl.arange(0, valid_row.shape[0])[:, None] * width + column[None, :]
+    tile = tl.load(dz + row * width + at, mask=valid, other=0.0)
+    if mask is not None:
+        tile = tl.where(load_bits(mask, row, valid_row, valid, first, width, BLOCK, ALIGNED), tile, 0.0)
+    if y is not None:
+        b = load_vector(y_b, column, width)[None, :]
+        centred = (
+            tl.load(y + row * width + at, mask=valid, other=0.0).to(tl.float32)
+            - load_vector(y_mean, column, width)[None, :]
+        )
+        # Frozen statistics have b = 0 and a gradient that does not depend on y: 0·NaN must not enter.
+        centred = tl.where(b == 0, 0.0, centred)
+        dy = tile.to(tl.float32) * load_vector(y_a, column, width)[None, :]
+        dy += centred * b + load_vector(y_c, column, width)[None, :]
+        tile = dy.to(dz.dtype.element_ty)
+    if mean_dz is not None:
+        tile -= load_vector(mean_dz, column, width)[None, :]
+    return tile
+
+
+@triton.jit
+def load_filter(w, into, out, depth, width, step_in, step_out):
+    """The tile ``[into, out]`` of a matrix ``[depth, width]`` with these strides; 0 outside."""
+    valid = (into < depth)[:, None] & (out < width)[None, :]
+    return tl.load(w + into[:, None] * step_in + out[None, :] * step_out, mask=valid, other=0.0)
+
+
+@triton.jit
+def add_product(
+    acc,
+    x,
+    scale,
+    shift,
+    centre,
+    pixel,
+    valid_row,
+    w,
+    out,
+    C,
+    K,
+    step_in,
+    step_out,
+    RELU: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """``acc`` plus the operand's rows ``pixel`` times the columns ``out`` of the matrix w ``[C, K]``."""
+    for first in tl.range(0, C, BLOCK_K):
+        column = first + tl.arange(0, BLOCK_K)
+        a = load_operand(x, scale, shift, centre, pixel, valid_row, column, C, RELU)
+        b = load_filter(w, column, out, C, K, step_in, step_out)
+        acc = tl.dot(a, b, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def fprop_kernel(
+    x,
+    x_scale,
+    x_shift,
+    w,
+    y_scale,
+    x2,
+    x2_scale,
+    x2_shift,
+    w2,
+    y2_scale,
+    shift,
+    residual,
+    y,
+    mask,
+    partials,
+    M,
+    K,
+    P,
+    Q,
+    C,
+    H,
+    W,
+    stride_h,
+    stride_w,
+    C2,
+    H2,
+    W2,
+    stride2_h,
+    stride2_w,
+    X_RELU: tl.constexpr,
+    X2_RELU: tl.constexpr,
+    STRIDED: tl.constexpr,
+    STRIDED2: tl.constexpr,
+    RELU: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """``y = act(y_scale·(X Wᵀ) [+ y2_scale·(X2 W2ᵀ)] [+ shift] [+ residual])`` ``[M, K]``, rounded once, at the store.
+
+    ``mask``: one bit for each element of y, where it passes the gradient; K % 8 == 0. ``partials`` ``[tiles of rows, 2, K]``:
+    mean and sum of squared deviations of each tile, *of y as it was rounded*, exact in two passes; in float32, or in float64
+    with a mean better than float32's.
+    """
+    across = tl.cdiv(K, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(M, BLOCK_M) * across, tl.num_programs(0)):
+        block = tile // across
+        first = tile % across * BLOCK_N
+        row = tl.cast(block * BLOCK_M, tl.int64)
+        local = tl.arange(0, BLOCK_M)
+        valid_row = local < M - block * BLOCK_M
+        out = first + tl.arange(0, BLOCK_N)
+        origin, pixel = pixels(row, BLOCK_M, P, Q, H, W, stride_h, stride_w, STRIDED)
+        z = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        z = add_product(
+            z, x + origin * C, x_scale, x_shift, None, pixel, valid_row, w, out, C, K, 1, C, X_RELU, BLOCK_K
+        )
+        if y_scale is not None:
+            z *= load_vector(y_scale, out, K)[None, :]
+        if x2 is not None:
+            origin, pixel = pixels(row, BLOCK_M, P, Q, H2, W2, stride2_h, stride2_w, STRIDED2)
+            z2 = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            z2 = add_product(
+                z2,
+                x2 + origin * C2,
+                x2_scale,
+                x2_shift,
+                None,
+                pixel,
+                valid_row,
+                w2,
+                out,
+                C2,
+                K,
+                1,
+                C2,
+                X2_RELU,
+                BLOCK_K,
+            )
+            if y2_scale is not None:
+                z2 *= load_vector(y2_scale, out, K)[None, :]
+            z += z2
+        if shift is not None:
+            z += load_vector(shift, out, K)[None, :]
+        valid = valid_row[:, None] & (out < K)[None, :]
+        at = local[:, None] * K + out[None, :]
+        if residual is not None:
+            z += tl.load(residual + row * K + at, mask=valid, other=0.0).to(tl.float32)
+        z = z.to(y.dtype.element_ty).to(tl.float32)
+        if mask is not None:
+            store_mask(mask + row * (K // 8), local, first, K, passes(z), valid_row, BLOCK_N)
+        if RELU:
+            z = relu(z)
+        tl.store(y + row * K + at, z.to(y.dtype.element_ty), mask=valid)
+        if partials is not None:
+            count = tl.minimum(M - block * BLOCK_M, BLOCK_M).to(tl.float32)
+            mean, square = tile_moments(z, valid_row[:, None], count)
+            if partials.dtype.element_ty == tl.float64:
+                # Far from zero, what the mean was rounded by would show in the differences between tiles.
+                slip = tl.sum(tl.where(valid_row[:, None], z - mean[None, :], 0.0), 0) / count
+                slip = tl.where(tl.abs(slip) < float("inf"), slip, 0.0)  # an infinite mean stays infinite
+                square -= slip * slip * count
+                mean = mean.to(tl.float64) + slip.to(tl.float64)
+            tl.store(partials + 2 * block * K + out, mean, mask=out < K)
+            tl.store(partials + (2 * block + 1) * K + out, square, mask=out < K)
+
+
+@triton.jit
+def dgrad_kernel(
+    dz,
+    mask,
+    mean_dz,
+    y,
+    y_mean,
+    y_a,
+    y_b,
+    y_c,
+    w,
+    a,
+    a_scale,
+    a_shift,
+    mean_a,
+    coupling,
+    constant,
+    residual,
+    residual_mask,
+    below,
+    below_mean,
+    below_scale,
+    below_shift,
+    dx,
+    partials,
+    M,
+    K,
+    C,
+    P,
+    Q,
+    H,
+    W,
+    stride_h,
+    stride_w,
+    A_RELU: tl.constexpr,
+    BELOW_RELU: tl.constexpr,
+    STRIDED: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    K_ALIGNED: tl.constexpr,
+    C_ALIGNED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """``dx = dY·W [+ (A − mean_a)·coupling] [+ constant] [+ residual where its mask]`` ``[M, C]``, rounded once.
+
+    dY ``[M, K]`` is what ``load_gradient`` makes of dz, mask, mean_dz and y; W is ``[K, C]``, coupling ``[C, C]``. STRIDED: A
+    and dx are read and written at the pixels that the convolution reads. ACCUMULATE: dx is added to.
+
+    ``below`` (with BELOW_RELU): dx is kept where the activation ``below_scale·below + below_shift``, as it is rounded, passes
+    the gradient; ``partials`` ``[tiles of rows, 2, C]`` float32: each tile's sums of dx and of dx·(below − below_mean), of dx as
+    it was rounded.
+    """
+    across = tl.cdiv(C, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(M, BLOCK_M) * across, tl.num_programs(0)):
+        block = tile // across
+        first = tile % across * BLOCK_N
+        row = tl.cast(block * BLOCK_M, tl.int64)
+        local = tl.arange(0, BLOCK_M)
+        valid_row = local < M - block * BLOCK_M
+        out = first + tl.arange(0, BLOCK_N)
+        origin, pixel = pixels(row, BLOCK_M, P, Q, H, W, stride_h, stride_w, STRIDED)
+        da = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in tl.range(0, K, BLOCK_K):
+            g = load_gradient(
+                dz, mask, mean_dz, y, y_mean, y_a, y_b, y_c, row, valid_row, k, K, BLOCK_K, K_ALIGNED
+            )  # fmt: skip
+            b = load_filter(w, k + tl.arange(0, BLOCK_K), out, K, C, C, 1)
+            da = tl.dot(g, b, da, input_precision="ieee")
+        if a is not None:
+            da = add_product(
+                da,
+                a + origin * C,
+                a_scale,
+                a_shift,
+                mean_a,
+                pixel,
+                valid_row,
+                coupling,
+                out,
+                C,
+                C,
+                C,
+                1,
+                A_RELU,
+                BLOCK_K,
+            )
+        if constant is not None:
+            da += load_vector(constant, out, C)[None, :]
+        valid = valid_row[:, None] & (out < C)[None, :]
+        at = pixel[:, None] * C + out[None, :]
+        if residual is not None:
+            shortcut = tl.load(residual + origin * C + at, mask=valid, other=0.0)
+            if residual_mask is not None:
+                shortcut = tl.where(
+                    load_bits(residual_mask, row, valid_row, valid, first, C, BLOCK_N, C_ALIGNED), shortcut, 0.0
+                )
+            da += shortcut.to(tl.float32)
+        if ACCUMULATE:
+            da += tl.load(dx + origin * C + at, mask=valid, other=0.0).to(tl.float32)
+        if below is not None:
+            value = tl.load(below + origin * C + at, mask=valid, other=0.0).to(tl.float32)
+            if BELOW_RELU:
+                z = value * load_vector(below_scale, out, C)[None, :] + load_vector(below_shift, out, C)[None, :]
+                da = tl.where(passes(z.to(below.dtype.element_ty).to(tl.float32)), da, 0.0)
+            da = tl.where(valid_row[:, None], da.to(dx.dtype.element_ty).to(tl.float32), 0.0)
+            centred = tl.where(valid_row[:, None], value - load_vector(below_mean, out, C)[None, :], 0.0)
+            tl.store(partials + 2 * block * C + out, tl.sum(da, 0), mask=out < C)
+            tl.store(partials + (2 * block + 1) * C + out, tl.sum(da * centred, 0), mask=out < C)
+        tl.store(dx + origin * C + at, da.to(dx.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def pack_mask_kernel(y, mask, count, BLOCK: tl.constexpr):
+    """The mask of ``count`` stored elements, whose rows do not end on bytes; BLOCK bytes a program."""
+    byte = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    bit = tl.arange(0, 8)[None, :]
+    at = byte[:, None] * 8 + bit
+    value = tl.load(y + at, mask=at < count, other=0.0).to(tl.float32)  # 0 does not pass
+    bits = passes(value).to(tl.int32) << bit
+    # Disjoint bits: their sum is their union.
+    tl.store(mask + byte, tl.sum(bits, 1).to(tl.uint8), mask=byte * 8 < count)

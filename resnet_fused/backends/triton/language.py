@@ -1,0 +1,61 @@
+"""Device functions that the kernels share. Tiles are ``[BLOCK_M, BLOCK_N]``: rows (pixels) by channels."""
+
+import triton
+from triton import language as tl
+
+
+@triton.jit
+def relu(z):
+    """``where(z <= 0, 0, z)``: NaN stays NaN, as in stock PyTorch."""
+    return tl.where(z <= 0, 0.0, z)
+
+
+@triton.jit
+def passes(z):
+    """Where ReLU lets the gradient through: ``!(z <= 0)``, so also at NaN."""
+    return (z <= 0) == 0
+
+
+@triton.jit
+def load_mask(mask, rows, first, width, valid, BLOCK_N: tl.constexpr, ALIGNED: tl.constexpr):
+    """Bits of the tile of ``rows`` ``[BLOCK_M]`` (int64) and columns ``[first, first + BLOCK_N)`` of a mask of row length
+    ``width``; False where not ``valid`` ``[BLOCK_M, BLOCK_N]``. ALIGNED: ``width`` and ``first`` are multiples of 8."""
+    if ALIGNED:
+        columns = first // 8 + tl.arange(0, BLOCK_N // 8)
+        inside = (rows >= 0)[:, None] & (columns < width // 8)[None, :]
+        inside = inside & (tl.sum(valid.to(tl.int32), 1) > 0)[:, None]
+        byte = tl.load(mask + rows[:, None] * (width // 8) + columns[None, :], mask=inside, other=0).to(tl.int32)
+        bits = (byte[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
+        return (tl.reshape(bits, (rows.shape[0], BLOCK_N)) != 0) & valid
+    else:
+        at = rows[:, None] * width + (first + tl.arange(0, BLOCK_N))[None, :]
+        byte = tl.load(mask + at // 8, mask=valid, other=0).to(tl.int32)
+        return (((byte >> (at % 8).to(tl.int32)) & 1) != 0) & valid
+
+
+@triton.jit
+def store_mask(mask, rows, first, width, bits, valid, BLOCK_N: tl.constexpr):
+    """The inverse of ``load_mask`` with ALIGNED: one byte for eight columns; ``valid``: of whole rows, ``[BLOCK_M]``."""
+    powers = tl.reshape(bits.to(tl.int32), (rows.shape[0], BLOCK_N // 8, 8)) << tl.arange(0, 8)[None, None, :]
+    columns = first // 8 + tl.arange(0, BLOCK_N // 8)
+    inside = valid[:, None] & (columns < width // 8)[None, :]
+    # Disjoint bits: their sum is their union.
+    tl.store(mask + rows[:, None] * (width // 8) + columns[None, :], tl.sum(powers, 2).to(tl.uint8), mask=inside)
+
+
+@triton.jit
+def tile_moments(x, valid, count):
+    """Mean and sum of squared deviations ``[BLOCK_N]`` of a tile in the accumulation type, over its ``count`` rows that are
+    ``valid`` ``[BLOCK_M, BLOCK_N]``; exact in two passes over registers."""
+    mean = tl.sum(tl.where(valid, x, 0.0), 0) / count
+    centred = tl.where(valid, x - mean[None, :], 0.0)
+    return mean, tl.sum(centred * centred, 0)
+
+
+@triton.jit
+def merge_moments(count_a, mean_a, square_a, count_b, mean_b, square_b):
+    """Chan's merge of counts, means and sums of squared deviations; a count of 0 adds nothing."""
+    count = count_a + count_b
+    share = count_b / tl.maximum(count, 1.0)
+    delta = mean_b - mean_a
+    return count, mean_a + delta * share, square_a + square_b + delta * delta * (count_a * share)

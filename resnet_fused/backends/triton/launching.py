@@ -1,0 +1,102 @@
+"""What the launchers of the 1×1 convolutions share: checks of their arguments, grids, and how rows are split."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+import triton
+from torch import Tensor
+
+from ..kernels import Conv, Operand, Pending
+from .operands import PendingGrad, check_dense
+from .tuning import Config
+
+_PROGRAMS_PER_SM = 2
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def check(name: str, x: Tensor, like: Tensor, shape: Sequence[int]) -> Tensor:
+    """``x``, of this shape, dense in channels_last, and of ``like``'s dtype: kernels see pointers only."""
+    if tuple(x.shape) != tuple(shape) or x.dtype != like.dtype:
+        raise ValueError(f"{name}: expected {like.dtype} {tuple(shape)}, got {x.dtype} {tuple(x.shape)}")
+    return check_dense(x)
+
+
+def vector(v: Tensor | None) -> Tensor | None:
+    return None if v is None else v.to(torch.float32).contiguous()
+
+
+def empty(like: Tensor, shape: Sequence[int]) -> Tensor:
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def matrix(name: str, w: Tensor, like: Tensor, shape: tuple[int, int]) -> Tensor:
+    if tuple(w.shape) != shape or w.dtype != like.dtype:
+        raise ValueError(f"{name}: expected {like.dtype} {shape}, got {w.dtype} {tuple(w.shape)}")
+    return w.contiguous()
+
+
+def rows_of(shape: Sequence[int]) -> int:
+    """Rows of ``[N, C, H, W]`` as a matrix; kernels count them in 32 bits."""
+    rows = shape[0] * shape[2] * shape[3]
+    if rows >= 2**31:
+        raise ValueError(f"expected fewer than 2**31 pixels, got {rows}")
+    return rows
+
+
+def strided(conv: Conv) -> bool:
+    return tuple(conv.stride) != (1, 1)
+
+
+def output_shape(x: Tensor, channels: int, conv: Conv) -> tuple[int, ...]:
+    if tuple(conv.padding) != (0, 0) or conv.groups != 1:
+        raise ValueError(f"expected a 1×1 convolution without padding or groups, got {conv}")
+    return conv.output_shape(x.shape, (channels, x.shape[1], 1, 1))
+
+
+def operand(a: Operand) -> tuple[Tensor, Tensor | None, Tensor | None, bool]:
+    """The tensor, scale, shift and whether a ReLU follows."""
+    if isinstance(a, Pending):
+        return check_dense(a.y), vector(a.scale), vector(a.shift), a.relu
+    return check_dense(a), None, None, False
+
+
+def shape_of(rows: int, c: int, k: int, conv: Conv, **flags: bool) -> dict[str, int]:
+    """What a configuration depends on."""
+    return {"m": rows, "c": c, "k": k, "stride": max(conv.stride)} | {name: int(on) for name, on in flags.items()}
+
+
+def persistent(rows: int, width: int, config: Config, device: torch.device) -> tuple[int]:
+    tiles = triton.cdiv(rows, config.block_m) * triton.cdiv(width, config.block_n)
+    return (min(tiles, _PROGRAMS_PER_SM * multiprocessors(device)),)
+
+
+def split(rows: int, tiles: int, block_m: int, device: torch.device) -> tuple[int, int]:
+    """Splits of the rows, none of them empty (but where there are no rows), and chunks in each (the last may have fewer)."""
+    chunks = triton.cdiv(rows, block_m)
+    splits = max(1, min(chunks, _PROGRAMS_PER_SM * multiprocessors(device) // tiles))
+    each = max(1, triton.cdiv(chunks, splits))
+    return max(1, triton.cdiv(chunks, each)), each
+
+
+def partial_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of partial results for activations of ``dtype``: float32 has them in twice its precision."""
+    return torch.float64 if dtype == torch.float32 else torch.float32
+
+
+def options(config: Config) -> dict[str, int]:
+    return {"num_warps": config.warps, "num_stages": config.stages}
+
+
+def gradient(dy: Tensor | PendingGrad) -> tuple[Tensor | None, ...]:
+    """dz, y, mean, a, b, c: the last five None for a gradient that is at hand."""
+    if not isinstance(dy, PendingGrad):
+        return check_dense(dy), *(None,) * 5
+    y = check("y", dy.y, dy.dz, dy.dz.shape)
+    return check_dense(dy.dz), y, *map(vector, (dy.mean, dy.a, dy.b, dy.c))

@@ -1,0 +1,114 @@
+"""Operands of the 1×1 convolutions, as a kernel reads them and as if they had been stored, and how close a result must be.
+
+Import this ahead of Triton and its kernels: without a GPU they must be defined for the interpreter.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from poison import guarded
+
+from resnet_fused.backends.aten import AtenKernels
+from resnet_fused.backends.kernels import Conv, Pending
+
+with pytest.MonkeyPatch.context() as patch:
+    if not torch.cuda.is_available():
+        patch.setenv("TRITON_INTERPRET", "1")
+    # Triton imports it at the first launch, when it must find the mode that Triton itself was imported in.
+    import triton.experimental.gluon  # noqa: F401
+
+    from resnet_fused.backends.triton.operands import PendingGrad
+
+ATEN = AtenKernels()
+NAN = float("nan")
+ODD, ALIGNED, NARROW = (35, 40), (16, 32), (3, 17)  # input and output channels; 17 and 35: rows that end inside bytes
+STRIDE = Conv((2, 2))
+
+
+def flags(names, *axes):
+    """Every combination of flags, each with one of the three shapes: in turn, so that a flag meets all of them."""
+    shapes = itertools.cycle([ODD, ALIGNED, NARROW])
+    cases = [(*combination, next(shapes)) for combination in itertools.product(*axes)]
+    return pytest.mark.parametrize(f"{names}, widths", cases, ids=lambda case: str(getattr(case, "stride", case)))
+
+
+def images(dtype, channels, size=(5, 9), n=1, mean=0.0):
+    return guarded((torch.randn(n, channels, *size) + mean).to(dtype))
+
+
+def vector(channels, low=0.5, high=1.5):
+    return low + (high - low) * torch.rand(channels)
+
+
+def filters(dtype, c, k):
+    return (torch.randn(k, c, 1, 1) / c**0.5).to(dtype)
+
+
+def pending(dtype, channels, relu=True, **kwargs):
+    return Pending(images(dtype, channels, **kwargs), vector(channels), torch.randn(channels) * 0.3, relu)
+
+
+def formed(a):
+    """An operand as if it had been stored."""
+    return ATEN.bn_act(a.y, a.scale, a.shift, None, a.relu, False)[0] if isinstance(a, Pending) else a
+
+
+def formed_grad(dy):
+    if not isinstance(dy, PendingGrad):
+        return dy
+    mean, a, b, c = (v.view(1, -1, 1, 1) for v in (dy.mean, dy.a, dy.b, dy.c))
+    centred = torch.where(b == 0, 0.0, dy.y.float() - mean)
+    return (a * dy.dz.float() + (b * centred + c)).to(dy.dz.dtype)
+
+
+def operand(kind, dtype, channels, **kwargs):
+    if kind == "plain":
+        return images(dtype, channels, **kwargs)
+    return pending(dtype, channels, kind == "relu", **kwargs)
+
+
+def assert_as_accurate(ours, stock, gold, slack=2.0, ulps=4.0):
+    """``error(ours) <= slack·error(stock) + ulps`` of the largest value, everywhere finite."""
+    assert ours.shape == gold.shape
+    assert ours.isfinite().all()
+
+    def error(t):
+        return (t.double() - gold).abs().max().item()
+
+    unit = torch.finfo(stock.dtype).eps
+    assert error(ours) <= slack * error(stock) + ulps * unit * gold.abs().max().item()
+
+
+def assert_moments(mean, var, y):
+    """Statistics of y as it is stored; half precision may round the means of tiles to float32."""
+    rounding = 0.0 if y.dtype == torch.float32 else 2.0**-23
+    y = y.double()
+    deviation = y.var((0, 2, 3), unbiased=False).sqrt()
+    exact = y.mean((0, 2, 3))
+    assert ((mean - exact).abs() <= 4e-7 * (exact.abs() + deviation)).all()
+    assert ((var - deviation**2).abs() <= 2e-6 * deviation**2 + rounding * exact.abs() * deviation).all()
+
+
+def assert_sums(ours, gold_terms):
+    """Sums over rows: the floor grows with the root of their number."""
+    gold = gold_terms.double().sum((0, 2, 3))
+    size = gold_terms.double().square().sum((0, 2, 3)).sqrt()
+    assert ours.isfinite().all()
+    assert ((ours - gold).abs() <= 1e-6 * size + 4e-7 * gold.abs()).all()
+
+
+def pending_grad(dtype, channels):
+    """The first channels are frozen: nothing of their y may enter."""
+    b = torch.randn(channels) * 0.2
+    b[:2] = 0
+    y = images(dtype, channels)
+    y[:, :2] = NAN
+    vectors = [torch.randn(channels) * 0.3 for _ in range(3)]
+    return PendingGrad(images(dtype, channels), y, vectors[0], vector(channels), b, vectors[2])
+
+
+def gradient(pending_kind, dtype, channels):
+    return pending_grad(dtype, channels) if pending_kind else images(dtype, channels)

@@ -1,0 +1,89 @@
+"""Triton's interpreter made faithful for bfloat16, which it truncates where it should round, and multiplies as integers."""
+
+from __future__ import annotations
+
+import numpy
+import triton.language as tl
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+_original = {
+    name: getattr(InterpreterBuilder, name)
+    for name in ("cast_impl", "create_fp_to_fp", "create_dot", "binary_op", "unary_op", "create_fma")
+}
+
+
+def narrow(values: numpy.ndarray) -> numpy.ndarray:
+    """float32 to the bits of bfloat16, to nearest even; NaN stays NaN."""
+    bits = numpy.ascontiguousarray(values, dtype=numpy.float32).view(numpy.uint32)
+    rounded = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(numpy.uint16)
+    quiet_nan = numpy.uint16(0x7FC0) | ((bits >> 16) & 0x8000).astype(numpy.uint16)
+    return numpy.where(numpy.isnan(values), quiet_nan, rounded)
+
+
+def widen(bits: numpy.ndarray) -> numpy.ndarray:
+    return (numpy.ascontiguousarray(bits).astype(numpy.uint32) << 16).view(numpy.float32)
+
+
+def _is_bf16(handle: TensorHandle) -> bool:
+    return handle.dtype.scalar == tl.bfloat16
+
+
+def _float(handle: TensorHandle) -> TensorHandle:
+    return TensorHandle(widen(handle.data), tl.float32) if _is_bf16(handle) else handle
+
+
+def _cast(self, source, target):
+    wanted = target.scalar
+    if _is_bf16(source) and wanted != tl.bfloat16:
+        return _float(source) if wanted == tl.float32 else _original["cast_impl"](self, _float(source), target)
+    if wanted == tl.bfloat16 and not _is_bf16(source):
+        return TensorHandle(narrow(source.data.astype(numpy.float32)), tl.bfloat16)
+    return _original["cast_impl"](self, source, target)
+
+
+def _fp_to_fp(self, source, target, rounding):
+    kinds = (source.dtype.scalar, target.scalar)
+    if tl.bfloat16 in kinds and not any(kind.is_fp8() for kind in kinds):
+        return _cast(self, source, target)
+    return _original["create_fp_to_fp"](self, source, target, rounding)
+
+
+def _dot(self, a, b, *rest):
+    return _original["create_dot"](self, _float(a), _float(b), *rest)
+
+
+def _binary(self, a, b, op):
+    if _is_bf16(a) and _is_bf16(b):
+        result = op(widen(a.data), widen(b.data))
+        return TensorHandle(result, tl.int1) if result.dtype == bool else TensorHandle(narrow(result), tl.bfloat16)
+    return _original["binary_op"](self, a, b, op)
+
+
+def _unary(self, a, op):
+    return TensorHandle(narrow(op(widen(a.data))), tl.bfloat16) if _is_bf16(a) else _original["unary_op"](self, a, op)
+
+
+def _fma(self, a, b, c):
+    if _is_bf16(c):
+        return TensorHandle(narrow(widen(a.data) * widen(b.data) + widen(c.data)), tl.bfloat16)
+    return _original["create_fma"](self, a, b, c)
+
+
+_REPAIRED = {
+    "cast_impl": _cast,
+    "create_fp_to_fp": _fp_to_fp,
+    "create_dot": _dot,
+    "binary_op": _binary,
+    "unary_op": _unary,
+    "create_fma": _fma,
+}
+
+
+def repair() -> None:
+    for name, function in _REPAIRED.items():
+        setattr(InterpreterBuilder, name, function)
+
+
+def undo() -> None:
+    for name, function in _original.items():
+        setattr(InterpreterBuilder, name, function)

@@ -1,0 +1,204 @@
+"""Which kernels are compiled for the budget, and how their launchers call them."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Any
+
+ARCHES = (80, 90, 100)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One compilation.
+
+    ``types`` gives each argument its Triton type ("*bf16", "i32"); "i32:16" is a multiple of 16, and pointers are too. What is
+    in ``constants`` is a constant: blocks, flags, and None for tensors that are not there; other flags are False.
+    """
+
+    kernel: str
+    variant: str
+    dtype: str
+    arch: int
+    module: str
+    function: str
+    types: dict[str, str]
+    constants: dict[str, Any]
+    warps: int
+    stages: int
+    config: tuple[int, ...]  # rows, columns and depth of the tile: what the table shows
+
+    @property
+    def name(self) -> str:
+        blocks = "x".join(map(str, self.config[:3]))
+        return f"{self.kernel}[{self.variant}] {self.dtype} sm_{self.arch} {blocks} w{self.warps} s{self.stages}"
+
+
+def multiplies(kernel: str) -> bool:
+    return kernel.startswith(("fprop", "dgrad", "wgrad", "gram"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A kernel as its launcher calls it.
+
+    ``arguments``: "name:type" for each. Types: "T" dtype of the activations, "f" fp32, "d" fp64, "p" fp64 where activations are
+    fp32, else fp32; "i" i32, and "i16" one that is a multiple of 16 (channels of a ResNet). After "?" the flags, any of which
+    makes the tensor be there.
+    ``variants``: flags that are set, or "FLAG=value". The first is checked by the default suite on sm_90, the last on others.
+    ``fixed``, ``float32``, ``half``: flags of every variant, and of those of a dtype.
+    """
+
+    name: str
+    module: str
+    function: str
+    arguments: str
+    variants: tuple[str, ...]
+    fixed: str = ""
+    float32: str = ""
+    half: str = ""
+
+    def case(self, variant: str, dtype: str, arch: int, config: Any) -> Case:
+        short = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[dtype]
+        full = dtype == "float32"
+        words = {"T": "*" + short, "f": "*fp32", "d": "*fp64", "p": "*fp64" if full else "*fp32", "u8": "*u8"}
+        words |= {"i": "i32", "i16": "i32:16"}
+        constants: dict[str, Any] = {f"BLOCK_{axis}": getattr(config, f"block_{axis.lower()}") for axis in "MNK"}
+        constants["BLOCK"] = 8 * 32 * config.warps  # of kernels that see no matrix: eight elements a thread
+        for flag in f"{self.fixed} {self.float32 if full else self.half} {variant}".split():
+            name, _, value = flag.partition("=")
+            constants[name] = int(value) if value else True
+        types = {}
+        for argument in self.arguments.split():
+            name, _, rest = argument.partition(":")
+            word, _, needs = rest.partition("?")
+            if needs and not any(constants.get(flag) for flag in needs.split("|")):
+                constants[name] = None
+            else:
+                types[name] = words[word]
+        module = f"resnet_fused.backends.triton.{self.module}"
+        blocks = (config.block_m, config.block_n, config.block_k)
+        options = {"warps": config.warps, "stages": config.stages, "config": blocks}
+        return Case(self.name, variant, dtype, arch, module, self.function, types, constants, **options)
+
+
+_FPROP1X1 = (
+    "x:T x_scale:f?PENDING x_shift:f?PENDING w:T y_scale:f?NORM x2:T?DUAL x2_scale:f?PENDING2 x2_shift:f?PENDING2 w2:T?DUAL "
+    "y2_scale:f?DUAL shift:f?NORM residual:T?RESIDUAL y:T mask:u8?MASK partials:f?STATS M:i K:i16 P:i Q:i C:i16 H:i W:i "
+    "stride_h:i stride_w:i C2:i16 H2:i W2:i stride2_h:i stride2_w:i"
+)
+_DGRAD1X1 = (
+    "dz:T mask:u8?MASK mean_dz:f?CENTRED y:T?GRAD y_mean:f?GRAD y_a:f?GRAD y_b:f?GRAD y_c:f?GRAD w:T a:T?FEEDBACK "
+    "a_scale:f?FEEDBACK a_shift:f?FEEDBACK mean_a:f?CENTRED coupling:T?FEEDBACK constant:f?CONSTANT residual:T?RESIDUAL "
+    "residual_mask:u8?RESIDUAL below:T?BELOW below_mean:f?BELOW below_scale:f?BELOW below_shift:f?BELOW dx:T partials:f?BELOW "
+    "M:i K:i16 C:i16 P:i Q:i H:i W:i stride_h:i stride_w:i"
+)
+_WGRAD1X1 = (
+    "dz:T mask:u8?MASK y:T?GRAD y_mean:f?GRAD y_a:f?GRAD y_b:f?GRAD y_c:f?GRAD a:T a_scale:f?PENDING a_shift:f?PENDING "
+    "centre:f?CENTRED partials:p sums:d?MASK M:i K:i16 C:i16 P:i Q:i H:i W:i stride_h:i stride_w:i chunks:i"
+)
+_GRAM = (
+    "x:T scale:f?PENDING shift:f?PENDING partials:p sums:d centres:f?COMPENSATED M:i C:i16 P:i Q:i H:i W:i stride_h:i stride_w:i "
+    "chunks:i"
+)
+_CONV3X3 = (
+    "x:T x_y:T?GRAD scale:f?PENDING|GRAD shift:f?PENDING|GRAD slope:f?GRAD mean:f?GRAD filters:T out:T partials:f?STATS|BELOW "
+    "below_y:T?BELOW below_mean:f?BELOW below_scale:f?BELOW below_shift:f?BELOW M:i H:i W:i C:i16 K:i16"
+)
+_WGRAD3X3 = (
+    "dy:T dy_y:T?GRAD dy_scale:f?GRAD dy_shift:f?GRAD dy_slope:f?GRAD dy_mean:f?GRAD x:T scale:f?PENDING shift:f?PENDING "
+    "partials:f M:i H:i W:i C:i16 K:i16 ROWS:i16"
+)
+_BN_BACKWARD = "grad:T x:T mask:u8 mean:f scale:f shift:f"
+_POOL = "grad:T index:u8 x:T mean:f N:i H:i W:i P:i Q:i C:i16"
+
+REGISTRY = (
+    Kernel(
+        "fprop1x1", "gemm", "fprop_kernel", _FPROP1X1,
+        ("PENDING X_RELU NORM RESIDUAL MASK RELU", "PENDING X_RELU NORM DUAL STRIDED2 MASK RELU", "PENDING X_RELU STATS", ""),
+    ),
+    Kernel(
+        "dgrad1x1", "gemm", "dgrad_kernel", _DGRAD1X1,
+        ("MASK FEEDBACK A_RELU BELOW BELOW_RELU", "GRAD BELOW BELOW_RELU", "GRAD RESIDUAL", ""),
+        fixed="K_ALIGNED C_ALIGNED", float32="CENTRED", half="CONSTANT",
+    ),
+    Kernel(
+        "wgrad1x1", "cross", "wgrad_kernel", _WGRAD1X1, ("MASK PENDING A_RELU", "GRAD PENDING A_RELU", ""),
+        fixed="K_ALIGNED", float32="COMPENSATED CENTRED",
+    ),
+    Kernel("gram", "cross", "gram_kernel", _GRAM, ("PENDING RELU",), float32="COMPENSATED"),
+    Kernel("fprop3x3", "conv3x3", "conv3x3_kernel", _CONV3X3, ("PENDING RELU STATS", "")),
+    Kernel("dgrad3x3", "conv3x3", "conv3x3_kernel", _CONV3X3, ("GRAD BELOW BELOW_RELU", ""), fixed="BACKWARD"),
+    Kernel("wgrad3x3", "conv3x3", "wgrad3x3_kernel", _WGRAD3X3, ("GRAD PENDING RELU", "")),
+    Kernel("bn_stats", "bn", "moments_kernel", "x:T partials:d M:i C:i16 steps:i", ("",), fixed="ALIGNED"),
+    Kernel(
+        "bn_act", "bn", "bn_act_kernel", "x:T scale:f shift:f residual:T out:T mask:u8 M:i C:i16",
+        ("HAS_RESIDUAL RELU SAVE_MASK", "RELU"), fixed="ALIGNED",
+    ),
+    Kernel(
+        "bn_backward_reduce", "bn", "bn_act_backward_reduce_kernel", _BN_BACKWARD + " activation:T partials:f M:i C:i16 steps:i",
+        ("GATE=2 RELU WANT_ACTIVATION", "GATE=1 RELU"), fixed="ALIGNED",
+    ),
+    Kernel(
+        "bn_backward", "bn", "bn_act_backward_kernel", _BN_BACKWARD + " a:f b:f c:f dx:T M:i C:i16",
+        ("GATE=1", "GATE=2"), fixed="ALIGNED",
+    ),
+    Kernel("add_relu", "residual", "add_relu_kernel", "a:T b:T out:T mask:u8 count:i16", ("SAVE_MASK",)),
+    Kernel(
+        "pool", "pool", "bn_relu_maxpool_kernel", "x:T scale:f shift:f out:T index:u8 H:i W:i P:i Q:i C:i16", ("",),
+        fixed="ALIGNED",
+    ),
+    Kernel("pool_backward", "pool", "bn_relu_maxpool_backward_kernel", _POOL + " a:f b:f c:f dx:T", ("",), fixed="ALIGNED"),
+    Kernel(
+        "pool_backward", "pool", "bn_relu_maxpool_backward_reduce_kernel", _POOL + " partials:f steps:i", ("REDUCE",),
+        fixed="ALIGNED",
+    ),
+)  # fmt: skip
+
+
+def _shapes(kernel: str) -> list[dict[str, int]]:
+    """Where ResNets use a kernel, at batch sizes 32 and 256."""
+    shapes = []
+    for batch, (size, width) in itertools.product((32, 256), ((56, 64), (28, 128), (14, 256), (7, 512))):
+        m = batch * size * size
+        if kernel.endswith("3x3"):
+            shapes.append({"m": m, "c": width, "k": width, "h": size, "w": size})
+        elif kernel.startswith("pool"):
+            shapes.append({"m": batch * 56 * 56, "c": 64})
+        elif multiplies(kernel):
+            shapes += [{"m": m, "c": width, "k": 4 * width}, {"m": m, "c": 4 * width, "k": width}]
+        else:
+            shapes += [{"m": m, "c": width}, {"m": m, "c": 4 * width}]
+    return shapes
+
+
+def chosen(kernel: str, dtype: str, arch: int) -> list[Any]:
+    """The configurations that ResNets get on a GPU of this architecture."""
+    import torch
+
+    from resnet_fused.backends.triton import cost
+
+    gpus = [gpu for gpu in cost.DEVICES.values() if gpu.arch == arch]
+    cases = itertools.product(gpus, _shapes(kernel))
+    return list(dict.fromkeys(cost.ranked(kernel, shape, getattr(torch, dtype), gpu)[0] for gpu, shape in cases))
+
+
+def shipped() -> list[Case]:
+    """Every variant of every kernel in every configuration; float16 compiles as bfloat16 does."""
+    return [
+        kernel.case(variant, dtype, arch, config)
+        for kernel, dtype, arch in itertools.product(REGISTRY, ("bfloat16", "float32"), ARCHES)
+        for config, variant in itertools.product(chosen(kernel.name, dtype, arch), kernel.variants)
+    ]
+
+
+def default_suite(arch: int) -> list[Case]:
+    """One configuration of every kernel and dtype: the fullest variant on sm_90, where float16 is looked at too."""
+    dtypes = ("bfloat16", "float32", *(("float16",) if arch == 90 else ()))
+    return [
+        kernel.case(kernel.variants[0 if arch == 90 and dtype != "float16" else -1], dtype, arch, config)
+        for kernel, dtype in itertools.product(REGISTRY, dtypes)
+        for config in chosen(kernel.name, dtype, arch)[:1]
+        if dtype != "float16" or multiplies(kernel.name)
+    ]
