@@ -28,11 +28,37 @@ ODD, ALIGNED, NARROW = (35, 40), (16, 32), (3, 17)  # input and output channels;
 STRIDE = Conv((2, 2))
 
 
+def name_of(value):
+    return str(getattr(value, "stride", value)).removeprefix("torch.")
+
+
 def flags(names, *axes):
-    """Every combination of flags, each with one of the three shapes: in turn, so that a flag meets all of them."""
-    shapes = itertools.cycle([ODD, ALIGNED, NARROW])
-    cases = [(*combination, next(shapes)) for combination in itertools.product(*axes)]
-    return pytest.mark.parametrize(f"{names}, widths", cases, ids=lambda case: str(getattr(case, "stride", case)))
+    """Every combination of flags in float32 and in one of the half-precision dtypes, each with one of the three shapes.
+
+    The kernels tell float32 from half precision, not bfloat16 from float16. These two and the shapes take turns, so that no
+    value of a flag meets only one of them.
+    """
+    cases = []
+    for places in itertools.product(*(range(len(axis)) for axis in axes)):
+        combination, turn = [axis[i] for axis, i in zip(axes, places)], sum(places)
+        half, widths = (torch.bfloat16, torch.float16)[turn % 2], (ODD, ALIGNED, NARROW)[turn % 3]
+        cases += [(*combination, widths, dtype) for dtype in (torch.float32, half)]
+    return pytest.mark.parametrize(f"{names}, widths, dtype", cases, ids=name_of)
+
+
+# Every shape in float32 and in half precision.
+every_shape = pytest.mark.parametrize(
+    "widths, dtype",
+    [
+        (ODD, torch.float32),
+        (ODD, torch.bfloat16),
+        (ALIGNED, torch.float32),
+        (ALIGNED, torch.float16),
+        (NARROW, torch.float32),
+        (NARROW, torch.bfloat16),
+    ],
+    ids=name_of,
+)
 
 
 def images(dtype, channels, size=(5, 9), n=1, mean=0.0):

@@ -12,11 +12,11 @@ from gemm_cases import (
     ALIGNED,
     ATEN,
     NAN,
-    NARROW,
     ODD,
     STRIDE,
     assert_as_accurate,
     assert_sums,
+    every_shape,
     filters,
     flags,
     formed,
@@ -86,7 +86,7 @@ def test_wgrad_bn_act(dtype, widths, masked, centred, dual):
     check_wgrad_bn_act(dtype, widths, masked, centred, dual)
 
 
-@pytest.mark.parametrize("widths", [ODD, ALIGNED, NARROW])
+@every_shape
 def test_wgrad_bn_act_in_many_splits(dtype, widths, splits):
     check_wgrad_bn_act(dtype, widths, True, True, False)
 
@@ -113,9 +113,9 @@ def test_gram(dtype, widths, kind, conv):
     check_gram(dtype, widths[0], kind, conv)
 
 
-@pytest.mark.parametrize("channels", [3, 16, 35])
-def test_gram_in_many_splits(dtype, channels, splits):
-    check_gram(dtype, channels, "relu", Conv())
+@every_shape
+def test_gram_in_many_splits(dtype, widths, splits):
+    check_gram(dtype, widths[0], "relu", Conv())
 
 
 @pytest.mark.parametrize("mean", [60.0, 1000.0])

@@ -16,6 +16,7 @@ from gemm_cases import (
     assert_as_accurate,
     assert_moments,
     assert_sums,
+    every_shape,
     filters,
     flags,
     formed,
@@ -118,7 +119,7 @@ def test_fprop_bn_act(dtype, widths, dual, residual, relu, save_mask):
     check_bn_act(dtype, widths, dual=dual, residual=residual, relu=relu, save_mask=save_mask)
 
 
-@pytest.mark.parametrize("widths", [ODD, ALIGNED, NARROW])
+@every_shape
 def test_fprop_bn_act_of_every_shape(dtype, widths):
     check_bn_act(dtype, widths, dual=True, residual=True, relu=True, save_mask=True, kind="affine")
 
@@ -242,9 +243,9 @@ def test_dgrad_bn_act(dtype, widths, masked, feedback_kind, conv):
     check_dgrad_bn_act(dtype, widths, masked, feedback_kind, conv)
 
 
-@pytest.mark.parametrize(("widths", "below_kind"), [(ODD, "relu"), (ALIGNED, "relu"), (NARROW, "affine")])
-def test_dgrad_bn_act_below(dtype, widths, below_kind):
-    check_dgrad_bn_act(dtype, widths, True, "relu", Conv(), below_kind)
+@every_shape
+def test_dgrad_bn_act_below(dtype, widths):
+    check_dgrad_bn_act(dtype, widths, True, "relu", Conv(), "affine" if widths == NARROW else "relu")
 
 
 def test_dgrad_bn_act_of_a_gradient_with_a_mean(dtype):
