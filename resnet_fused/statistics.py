@@ -150,6 +150,27 @@ def merge_covariances(
 
 
 @torch.no_grad()
+def merge_products(count: Tensor, centre: Tensor | None, sums: Tensor, products: Tensor) -> tuple[Tensor, Tensor]:
+    """``merge_covariances`` of many sets at once, each with its sums about a centre of its own.
+
+    With ``n_s`` rows, centre ``k_s``, ``u_s`` the mean of ``A − k_s``, ``µ_s = k_s + u_s`` and ``M = Σ n_s``::
+
+        mean = Σ n_s·µ_s / M        M·cov = Σ S_s − Σ n_s·u_s u_sᵀ + Σ n_s·(µ_s − mean)(µ_s − mean)ᵀ
+
+    Args:
+        count (Tensor[S, 1]): rows of each set, at least 1. centre (Tensor[S, C]): None for 0.
+        sums (Tensor[S, C]): ``Σ (A − k_s)`` of each set.
+        products (Tensor[C, C]): ``Σ_s S_s``, ``S_s = Σ (A − k_s)(A − k_s)ᵀ``.
+    Returns:
+        mean (Tensor[C]), biased cov (Tensor[C, C]).
+    """
+    rows, offset = count.sum(), sums / count
+    means = offset if centre is None else centre + offset
+    mean = (means * count).sum(0) / rows
+    delta = means - mean
+    return mean, (products + (delta * count).t() @ delta - sums.t() @ offset) / rows
+
+
 def update_running(running: Tensor, batch: Tensor, momentum: float | Tensor, correction: float = 1.0) -> None:
     """``running ← (1 − momentum)·running + momentum·correction·batch``, in place and in ``running``'s dtype.
 

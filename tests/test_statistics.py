@@ -131,6 +131,20 @@ def test_merges(cuts: list[int]) -> None:
     close(var, exact_cov.diagonal())
 
 
+@pytest.mark.parametrize("centred", [True, False])
+def test_merge_of_products(centred: bool) -> None:
+    """Sets of different sizes and means, each with its sums about a centre that is not its mean."""
+    parts = (noise(M, C) * 3 + torch.arange(M).view(-1, 1) / 10).split([7, 13, 1, M - 21])
+    count = torch.tensor([[float(len(part))] for part in parts]).double()
+    centre = torch.stack([part[0] + 0.5 for part in parts]) if centred else torch.zeros(len(parts), C).double()
+    shifted = [part - k for part, k in zip(parts, centre)]
+    sums, products = torch.stack([t.sum(0) for t in shifted]), sum(t.t() @ t for t in shifted)
+    mean, cov = statistics.merge_products(count, centre if centred else None, sums, products)
+    exact_mean, exact_cov = moments(torch.cat(parts))
+    close(mean, exact_mean)
+    close(cov, exact_cov)
+
+
 def test_packed_moments() -> None:
     mean, cov = moments(noise(M, C))
     packed = statistics.pack_moments(mean, cov)

@@ -9,12 +9,7 @@ from torch import Tensor
 
 from ..statistics import coupling_shift
 from .aten import AtenKernels
-from .kernels import Conv, Feedback, Operand, Product, acc_dtype, filter_matrix
-
-
-def _is_pointwise(weight: Tensor, conv: Conv) -> bool:
-    """A 1×1 convolution without groups or padding: a product of matrices."""
-    return weight.shape[2:] == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
+from .kernels import Conv, Feedback, Operand, Product, acc_dtype, filter_matrix, is_pointwise
 
 
 class CpuKernels(AtenKernels):
@@ -30,7 +25,7 @@ class CpuKernels(AtenKernels):
     name = "cpu"
 
     def fprop(self, x: Operand, weight: Tensor, conv: Conv) -> Tensor:
-        if not _is_pointwise(weight, conv):
+        if not is_pointwise(weight, conv):
             return super().fprop(x, weight, conv)
         return _pointwise(x, None, None, filter_matrix(weight), conv)[0]
 
@@ -43,13 +38,13 @@ class CpuKernels(AtenKernels):
         residual: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        if not _is_pointwise(weight, conv) or conv.stride != (1, 1):
+        if not is_pointwise(weight, conv) or conv.stride != (1, 1):
             return super().dgrad(dy, x, weight, conv, residual, mask)
         matrix = filter_matrix(weight).t()
         return _pointwise(dy, None, None, matrix, conv, residual=residual, residual_mask=mask)[0]
 
     def wgrad(self, dy: Tensor, x: Tensor, weight: Tensor, conv: Conv) -> Tensor:
-        if not _is_pointwise(weight, conv):
+        if not is_pointwise(weight, conv):
             return super().wgrad(dy, x, weight, conv)
         return torch.ops.resnet_fused.pointwise_wgrad(dy, None, x, None, conv.stride)[0][:, :, None, None]
 

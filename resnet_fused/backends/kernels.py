@@ -89,6 +89,11 @@ class Feedback:
     mean_dz: Tensor
 
 
+def is_pointwise(weight: Tensor, conv: Conv) -> bool:
+    """A 1×1 convolution without groups or padding: a product of matrices."""
+    return tuple(weight.shape[2:]) == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
+
+
 def filter_matrix(weight: Tensor) -> Tensor:
     """A 1×1 filter ``[K, C, 1, 1]`` as the matrix ``[K, C]``."""
     return weight.reshape(weight.shape[:2])

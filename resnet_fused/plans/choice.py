@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
+from ..backends.kernels import is_pointwise
 from .spec import Chain, Shortcut, Tail, Unit
 
 ENVIRONMENT_VARIABLE = "RESNET_FUSED_COVARIANCE"
@@ -65,10 +66,9 @@ def covariance(choice: str) -> Iterator[None]:
 def _follows_covariance(unit: Unit) -> bool:
     if unit.conv is None or unit.weight is None:
         return False
-    channels_out, channels_in, *filter_size = unit.weight.shape
-    possible = filter_size == [1, 1] and unit.conv.groups == 1 and unit.conv.padding == (0, 0)
+    channels_out, channels_in = unit.weight.shape[:2]
     wish = current()
-    return possible and (
+    return is_pointwise(unit.weight, unit.conv) and (
         wish == "always" or (wish == "auto" and channels_in < channels_out and channels_in <= MOST_CHANNELS)
     )
 

@@ -1,7 +1,4 @@
-"""Operands of the 1×1 convolutions, as a kernel reads them and as if they had been stored, and how close a result must be.
-
-Import this ahead of Triton and its kernels: without a GPU they must be defined for the interpreter.
-"""
+"""Operands of the 1×1 convolutions, as a kernel reads them and as if they had been stored, and how close a result must be."""
 
 from __future__ import annotations
 
@@ -13,14 +10,7 @@ from poison import guarded
 
 from resnet_fused.backends.aten import AtenKernels
 from resnet_fused.backends.kernels import Conv, Pending
-
-with pytest.MonkeyPatch.context() as patch:
-    if not torch.cuda.is_available():
-        patch.setenv("TRITON_INTERPRET", "1")
-    # Triton imports it at the first launch, when it must find the mode that Triton itself was imported in.
-    import triton.experimental.gluon  # noqa: F401
-
-    from resnet_fused.backends.triton.operands import PendingGrad
+from resnet_fused.backends.triton.operands import PendingGrad
 
 ATEN = AtenKernels()
 NAN = float("nan")

@@ -9,14 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-_EDGE = 128
 
-
-def guarded(t: Tensor, guard: float = math.nan) -> Tensor:
-    """``t`` in channels_last, in the middle of memory full of ``guard``; 16 bytes aligned."""
-    memory = torch.full((t.numel() + 2 * _EDGE,), guard, dtype=t.dtype)
+def guarded(t: Tensor, guard: float = math.nan, edge: int = 128) -> Tensor:
+    """A copy of ``t`` (images in channels_last) between ``edge`` elements of ``guard``; 16 bytes aligned."""
+    memory = torch.full((t.numel() + 2 * edge,), guard, dtype=t.dtype)
+    inner = memory[edge : edge + t.numel()]
+    if t.dim() != 4:
+        return inner.view(t.shape).copy_(t)
     n, c, h, w = t.shape
-    return memory[_EDGE:-_EDGE].view(n, h, w, c).permute(0, 3, 1, 2).copy_(t)
+    return inner.view(n, h, w, c).permute(0, 3, 1, 2).copy_(t)
 
 
 def poison_allocations(monkeypatch: pytest.MonkeyPatch, integer: int) -> None:

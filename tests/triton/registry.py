@@ -103,12 +103,12 @@ _GRAM = (
     "chunks:i"
 )
 _CONV3X3 = (
-    "x:T x_y:T?GRAD scale:f?PENDING|GRAD shift:f?PENDING|GRAD slope:f?GRAD mean:f?GRAD filters:T out:T partials:f?STATS|BELOW "
-    "below_y:T?BELOW below_mean:f?BELOW below_scale:f?BELOW below_shift:f?BELOW M:i H:i W:i C:i16 K:i16"
+    "x:T scale:f?PENDING shift:f?PENDING y:T?GRAD mean:f?GRAD a:f?GRAD b:f?GRAD c:f?GRAD filters:T out:T partials:f?STATS|BELOW "
+    "below:T?BELOW below_mean:f?BELOW below_scale:f?BELOW below_shift:f?BELOW M:i H:i W:i C:i16 K:i16"
 )
 _WGRAD3X3 = (
-    "dy:T dy_y:T?GRAD dy_scale:f?GRAD dy_shift:f?GRAD dy_slope:f?GRAD dy_mean:f?GRAD x:T scale:f?PENDING shift:f?PENDING "
-    "partials:f M:i H:i W:i C:i16 K:i16 ROWS:i16"
+    "dz:T y:T?GRAD y_mean:f?GRAD y_a:f?GRAD y_b:f?GRAD y_c:f?GRAD x:T scale:f?PENDING shift:f?PENDING partials:f "
+    "M:i H:i W:i C:i16 K:i16 ROWS:i16"
 )
 _BN_BACKWARD = "grad:T x:T mask:u8 mean:f scale:f shift:f"
 _POOL = "grad:T index:u8 x:T mean:f N:i H:i W:i P:i Q:i C:i16"

@@ -16,6 +16,7 @@ import resnet_fused
 from resnet_fused import backends, networks
 from resnet_fused.backends.kernels import Conv, Pending
 from resnet_fused.backends.triton import bn, conv3x3, pool, products
+from resnet_fused.backends.triton.dispatch import takes
 
 
 def _block(source, kind: str, inplanes: int, planes: int, stride: int, project: bool, **kwargs) -> nn.Module:
@@ -148,6 +149,13 @@ def test_what_the_kernels_do_not_take_runs_on_aten() -> None:
     grouped = kernels.fprop(pending, weight, Conv(padding=(1, 1), groups=4))
     applied = kernels.bn_act(narrow, scale.float(), shift.float(), None, True, False)[0]
     torch.testing.assert_close(grouped, F.conv2d(applied, weight, padding=1, groups=4))
+
+
+def test_what_the_kernels_take() -> None:
+    x = torch.empty(1, 1, 1, 1, dtype=torch.bfloat16)
+    assert takes(x) and not takes(x.double()) and not takes(torch.empty(2, 3, 4, 5, dtype=torch.bfloat16))
+    for height, fits in ((2**15 - 1, True), (2**15, False)):  # 2**31 pixels
+        assert takes(torch.empty(1, 1, height, 2**16, dtype=torch.bfloat16, device="meta")) == fits
 
 
 def test_a_planted_error_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,16 +11,9 @@ from cpu_cases import Case
 from poison import guarded, poison_allocations
 
 from resnet_fused.backends.aten import AtenKernels, pack_mask, unpack_mask
+from resnet_fused.backends.triton import bn, merging, pool, residual
+from resnet_fused.backends.triton.cost import Config
 from resnet_fused.testing import assert_as_accurate
-
-with pytest.MonkeyPatch.context() as patch:
-    if not torch.cuda.is_available():
-        patch.setenv("TRITON_INTERPRET", "1")
-    # Triton imports it at the first launch, when it must find the mode that Triton itself was imported in.
-    import triton.experimental.gluon  # noqa: F401
-
-    from resnet_fused.backends.triton import bn, merging, pool, residual
-    from resnet_fused.backends.triton.cost import Config
 
 stock = AtenKernels()
 # M = 15, 70, 143, 63, 50: less than a tile, and tiles that end behind the last row.

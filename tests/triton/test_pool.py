@@ -11,16 +11,9 @@ from poison import guarded, poison_allocations
 from torch.nn import functional as F
 
 from resnet_fused.backends.aten import AtenKernels
+from resnet_fused.backends.triton import bn, pool
+from resnet_fused.backends.triton.cost import Config
 from resnet_fused.testing import assert_as_accurate
-
-with pytest.MonkeyPatch.context() as patch:
-    if not torch.cuda.is_available():
-        patch.setenv("TRITON_INTERPRET", "1")
-    # Triton imports it at the first launch, when it must find the mode that Triton itself was imported in.
-    import triton.experimental.gluon  # noqa: F401
-
-    from resnet_fused.backends.triton import bn, pool
-    from resnet_fused.backends.triton.cost import Config
 
 stock = AtenKernels()
 # Even and odd sizes, one pixel, one line, one column; channels beside and beyond a tile; tiles that end inside a line.

@@ -13,7 +13,8 @@ from triton import language as tl
 
 from . import tuning
 from .cost import Config
-from .language import load_mask, passes, relu, store_mask
+from .language import affine_in_centred, load_mask, load_vector, passes, relu, store_mask
+from .launching import rows_of
 from .merging import merge_moments, merge_sums
 from .operands import check_dense
 from .residual import new_mask, no_mask, pack_mask
@@ -46,12 +47,6 @@ def tile_of(start, stop, columns, exists, pitch, BLOCK_M: tl.constexpr):
     """Rows (int64) from ``start``; which elements of the tile are in front of row ``stop``, and their offsets."""
     rows = start + tl.arange(0, BLOCK_M)
     return rows, (rows < stop)[:, None] & exists[None, :], rows[:, None] * pitch + columns[None, :]
-
-
-@triton.jit
-def channel_vector(vector, columns, exists):
-    """Of the channels of a tile, ``[1, BLOCK_N]``; 0 beyond the last."""
-    return tl.load(vector + columns, mask=exists, other=0.0)[None, :]
 
 
 @triton.jit
@@ -104,8 +99,8 @@ def bn_act_kernel(
     pitch = row_pitch(C, ALIGNED)
     columns, exists = tile_columns(tile_n, pitch, BLOCK_N)
     rows, valid, at = tile_of(start, M, columns, exists, pitch, BLOCK_M)
-    z = tl.load(x + at, mask=valid, other=0.0).to(tl.float32) * channel_vector(scale, columns, exists)
-    z = z + channel_vector(shift, columns, exists)
+    z = tl.load(x + at, mask=valid, other=0.0).to(tl.float32) * load_vector(scale, columns, pitch)
+    z = z + load_vector(shift, columns, pitch)
     if HAS_RESIDUAL:
         z = z + tl.load(residual + at, mask=valid, other=0.0).to(tl.float32)
     # The mask belongs to the value as stored: what rounds to 0 stops the gradient.
@@ -150,9 +145,9 @@ def bn_act_backward_reduce_kernel(
     columns, exists = tile_columns(tile_n, pitch, BLOCK_N)
     start = part.to(tl.int64) * BLOCK_M * steps
     stop = tl.minimum(start + BLOCK_M * steps, M)
-    means = channel_vector(mean, columns, exists)
-    scales = channel_vector(scale, columns, exists)
-    shifts = channel_vector(shift, columns, exists)
+    means = load_vector(mean, columns, pitch)
+    scales = load_vector(scale, columns, pitch)
+    shifts = load_vector(shift, columns, pitch)
     dtype: tl.constexpr = x.dtype.element_ty
     sum_dz = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     sum_dz_centred = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -172,13 +167,6 @@ def bn_act_backward_reduce_kernel(
 
 
 @triton.jit
-def affine_in_centred(dz, x, mean, a, b, c):
-    """``a·dz + b·(x − mean) + c`` of a tile; the vectors are ``[1, BLOCK_N]``."""
-    # Frozen statistics have b = 0 and a gradient that does not depend on x: 0·NaN must not enter.
-    return (dz * a + c) + tl.where(b == 0, 0.0, x - mean) * b
-
-
-@triton.jit
 def bn_act_backward_kernel(
     grad, x, mask, mean, scale, shift, a, b, c, dx, M, C,
     GATE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -192,16 +180,12 @@ def bn_act_backward_kernel(
     rows, valid, at = tile_of(start, M, columns, exists, pitch, BLOCK_M)
     g = tl.load(grad + at, mask=valid, other=0.0).to(tl.float32)
     tile = tl.load(x + at, mask=valid, other=0.0).to(tl.float32)
-    scales, shifts = channel_vector(scale, columns, exists), channel_vector(shift, columns, exists)
+    scales, shifts = load_vector(scale, columns, pitch), load_vector(shift, columns, pitch)
     dtype: tl.constexpr = x.dtype.element_ty
     dz = gate(g, tile, mask, scales, shifts, rows, tile_n * BLOCK_N, pitch, valid, dtype, GATE, ALIGNED, BLOCK_N)
-    means, a_of = channel_vector(mean, columns, exists), channel_vector(a, columns, exists)
-    b_of, c_of = channel_vector(b, columns, exists), channel_vector(c, columns, exists)
+    means, a_of = load_vector(mean, columns, pitch), load_vector(a, columns, pitch)
+    b_of, c_of = load_vector(b, columns, pitch), load_vector(c, columns, pitch)
     tl.store(dx + at, affine_in_centred(dz, tile, means, a_of, b_of, c_of).to(dtype), mask=valid)
-
-
-def rows_of(x: Tensor) -> int:
-    return x.shape[0] * x.shape[2] * x.shape[3]
 
 
 def tile_options(kernel: str, m: int, x: Tensor, config: Config | None) -> dict:
@@ -229,7 +213,7 @@ def bn_stats(x: Tensor, *, config: Config | None = None) -> tuple[Tensor, Tensor
             Chan's formula; the same bits on every run.
     Traffic: reads 1 times x.numel() elements.
     """
-    m, c = rows_of(check_dense(x)), x.shape[1]
+    m, c = rows_of(check_dense(x).shape), x.shape[1]
     options = tile_options("bn_stats", m, x, config)
     columns = triton.cdiv(c, options["BLOCK_N"])
     steps = steps_of(triton.cdiv(m, options["BLOCK_M"]), columns)
@@ -243,7 +227,7 @@ def _bn_act(
     x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, relu: bool, out: Tensor, mask: Tensor | None,
     config: Config | None,
 ) -> None:  # fmt: skip
-    m, c = rows_of(check_dense(x)), x.shape[1]
+    m, c = rows_of(check_dense(x).shape), x.shape[1]
     if residual is not None:
         check_dense(residual)
     options = tile_options("bn_act", m, x, config)
@@ -306,7 +290,7 @@ def bn_act_backward_reduce(
     Numerics: sums in float32 over at most 64 tiles, merged in float64; the same bits on every run.
     Traffic: reads 2 times x.numel() elements (and one bit each with a mask), writes the activation on demand.
     """
-    m, c = rows_of(check_dense(x)), x.shape[1]
+    m, c = rows_of(check_dense(x).shape), x.shape[1]
     options = tile_options("bn_backward_reduce", m, check_dense(grad), config)
     columns = triton.cdiv(c, options["BLOCK_N"])
     steps = steps_of(triton.cdiv(m, options["BLOCK_M"]), columns)
@@ -336,7 +320,7 @@ def bn_act_backward(
     Numerics: computes in fp32, rounds once at the store. Where b = 0, x does not count (nor does its NaN).
     Traffic: reads 2 (and one bit each with a mask), writes 1 times x.numel() elements.
     """
-    m, c = rows_of(check_dense(x)), x.shape[1]
+    m, c = rows_of(check_dense(x).shape), x.shape[1]
     options = tile_options("bn_backward", m, check_dense(grad), config)
     dx = grad if inplace else torch.empty_like(x, memory_format=torch.channels_last)
     grid = (triton.cdiv(m, options["BLOCK_M"]) * triton.cdiv(c, options["BLOCK_N"]),)

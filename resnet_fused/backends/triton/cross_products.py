@@ -8,6 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ...statistics import merge_products
 from ..kernels import Conv, Operand
 from . import cross
 from .launching import (
@@ -122,13 +123,10 @@ def wgrad_bn_act(
 def gram(a: Operand, conv: Conv, config: Config | None = None) -> tuple[Tensor, Tensor]:
     """Mean ``[C]`` and biased covariance ``[C, C]`` of A's rows, in float64.
 
-    Splits of the rows are merged all at once with Chan's formula (``statistics.merge_covariances``): with ``n_s`` rows, centre
-    ``k_s``, ``u_s`` the mean of ``A − k_s`` and ``S_s`` its products, ``µ_s = k_s + u_s``::
-
-        mean = Σ n_s·µ_s / M        M·cov = Σ S_s − Σ n_s·u_s u_sᵀ + Σ n_s·(µ_s − mean)(µ_s − mean)ᵀ
+    Splits of the rows are merged all at once (``statistics.merge_products``).
 
     Numerics: products of a chunk of rows are summed in float32, chunks in twice that. float32 is centred about the mean of each
-        split's first chunk while it is loaded; in half precision ``k_s = 0`` and single products are exact.
+        split's first chunk while it is loaded; in half precision the centre is 0 and single products are exact.
     Traffic: reads a once for each block of channels; writes and reads splits·C².
     """
     x, scale, shift, relu = operand(a)
@@ -169,13 +167,8 @@ def gram(a: Operand, conv: Conv, config: Config | None = None) -> tuple[Tensor, 
     )
     count = x.new_full((splits, 1), chunks * config.block_m, dtype=torch.float64)
     count[-1] = rows - (splits - 1) * chunks * config.block_m
-    offset = sums / count
-    means = offset if centres is None else centres + offset
-    mean = (means * count).sum(0) / rows
-    delta = means - mean
-    between = (delta * count).t() @ delta - sums.t() @ offset
+    mean, cov = merge_products(count, centres, sums, partials.sum(0, dtype=torch.float64))
     # Below the diagonal, tiles were not written.
-    upper = (partials.sum(0, dtype=torch.float64) + between).triu_() / rows
-    cov = upper + upper.triu(1).t()
+    cov = cov.triu_() + cov.triu(1).t()
     cov.diagonal().clamp_min_(0)
     return mean, cov

@@ -12,13 +12,7 @@ Fewer than 2³¹ rows and filter elements; activations may have more elements.
 import triton
 from triton import language as tl
 
-from .language import load_mask, passes, relu, store_mask, tile_moments
-
-
-@triton.jit
-def load_vector(vector, column, width):
-    """Per-channel values; 0 outside."""
-    return tl.load(vector + column, mask=column < width, other=0.0)
+from .language import affine_in_centred, load_mask, load_vector, passes, relu, store_mask, tile_moments
 
 
 @triton.jit
@@ -44,13 +38,13 @@ def load_operand(x, scale, shift, centre, pixel, valid_row, column, width, RELU:
     valid = valid_row[:, None] & (column < width)[None, :]
     tile = tl.load(x + pixel[:, None] * width + column[None, :], mask=valid, other=0.0)
     if scale is not None:
-        z = tile.to(tl.float32) * load_vector(scale, column, width)[None, :]
-        z += load_vector(shift, column, width)[None, :]
+        z = tile.to(tl.float32) * load_vector(scale, column, width)
+        z += load_vector(shift, column, width)
         if RELU:
             z = relu(z)
         tile = z.to(x.dtype.element_ty)
     if centre is not None:
-        tile -= load_vector(centre, column, width)[None, :]
+        tile -= load_vector(centre, column, width)
     return tile
 
 
@@ -93,18 +87,18 @@ def load_gradient(
     if mask is not None:
         tile = tl.where(load_bits(mask, row, valid_row, valid, first, width, BLOCK, ALIGNED), tile, 0.0)
     if y is not None:
-        b = load_vector(y_b, column, width)[None, :]
-        centred = (
-            tl.load(y + row * width + at, mask=valid, other=0.0).to(tl.float32)
-            - load_vector(y_mean, column, width)[None, :]
+        values = tl.load(y + row * width + at, mask=valid, other=0.0).to(tl.float32)
+        dy = affine_in_centred(
+            tile.to(tl.float32),
+            values,
+            load_vector(y_mean, column, width),
+            load_vector(y_a, column, width),
+            load_vector(y_b, column, width),
+            load_vector(y_c, column, width),
         )
-        # Frozen statistics have b = 0 and a gradient that does not depend on y: 0·NaN must not enter.
-        centred = tl.where(b == 0, 0.0, centred)
-        dy = tile.to(tl.float32) * load_vector(y_a, column, width)[None, :]
-        dy += centred * b + load_vector(y_c, column, width)[None, :]
         tile = dy.to(dz.dtype.element_ty)
     if mean_dz is not None:
-        tile -= load_vector(mean_dz, column, width)[None, :]
+        tile -= load_vector(mean_dz, column, width)
     return tile
 
 
@@ -202,7 +196,7 @@ def fprop_kernel(
             z, x + origin * C, x_scale, x_shift, None, pixel, valid_row, w, out, C, K, 1, C, X_RELU, BLOCK_K
         )
         if y_scale is not None:
-            z *= load_vector(y_scale, out, K)[None, :]
+            z *= load_vector(y_scale, out, K)
         if x2 is not None:
             origin, pixel = pixels(row, BLOCK_M, P, Q, H2, W2, stride2_h, stride2_w, STRIDED2)
             z2 = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -224,10 +218,10 @@ def fprop_kernel(
                 BLOCK_K,
             )
             if y2_scale is not None:
-                z2 *= load_vector(y2_scale, out, K)[None, :]
+                z2 *= load_vector(y2_scale, out, K)
             z += z2
         if shift is not None:
-            z += load_vector(shift, out, K)[None, :]
+            z += load_vector(shift, out, K)
         valid = valid_row[:, None] & (out < K)[None, :]
         at = local[:, None] * K + out[None, :]
         if residual is not None:
@@ -339,7 +333,7 @@ def dgrad_kernel(
                 BLOCK_K,
             )
         if constant is not None:
-            da += load_vector(constant, out, C)[None, :]
+            da += load_vector(constant, out, C)
         valid = valid_row[:, None] & (out < C)[None, :]
         at = pixel[:, None] * C + out[None, :]
         if residual is not None:
@@ -354,22 +348,10 @@ def dgrad_kernel(
         if below is not None:
             value = tl.load(below + origin * C + at, mask=valid, other=0.0).to(tl.float32)
             if BELOW_RELU:
-                z = value * load_vector(below_scale, out, C)[None, :] + load_vector(below_shift, out, C)[None, :]
+                z = value * load_vector(below_scale, out, C) + load_vector(below_shift, out, C)
                 da = tl.where(passes(z.to(below.dtype.element_ty).to(tl.float32)), da, 0.0)
             da = tl.where(valid_row[:, None], da.to(dx.dtype.element_ty).to(tl.float32), 0.0)
-            centred = tl.where(valid_row[:, None], value - load_vector(below_mean, out, C)[None, :], 0.0)
+            centred = tl.where(valid_row[:, None], value - load_vector(below_mean, out, C), 0.0)
             tl.store(partials + 2 * block * C + out, tl.sum(da, 0), mask=out < C)
             tl.store(partials + (2 * block + 1) * C + out, tl.sum(da * centred, 0), mask=out < C)
         tl.store(dx + origin * C + at, da.to(dx.dtype.element_ty), mask=valid)
-
-
-@triton.jit
-def pack_mask_kernel(y, mask, count, BLOCK: tl.constexpr):
-    """The mask of ``count`` stored elements, whose rows do not end on bytes; BLOCK bytes a program."""
-    byte = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    bit = tl.arange(0, 8)[None, :]
-    at = byte[:, None] * 8 + bit
-    value = tl.load(y + at, mask=at < count, other=0.0).to(tl.float32)  # 0 does not pass
-    bits = passes(value).to(tl.int32) << bit
-    # Disjoint bits: their sum is their union.
-    tl.store(mask + byte, tl.sum(bits, 1).to(tl.uint8), mask=byte * 8 < count)

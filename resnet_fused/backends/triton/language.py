@@ -53,9 +53,13 @@ def tile_moments(x, valid, count):
 
 
 @triton.jit
-def merge_moments(count_a, mean_a, square_a, count_b, mean_b, square_b):
-    """Chan's merge of counts, means and sums of squared deviations; a count of 0 adds nothing."""
-    count = count_a + count_b
-    share = count_b / tl.maximum(count, 1.0)
-    delta = mean_b - mean_a
-    return count, mean_a + delta * share, square_a + square_b + delta * delta * (count_a * share)
+def load_vector(vector, columns, width):
+    """Per-channel values of a tile's ``columns``, ``[1, BLOCK_N]``; 0 beyond ``width``."""
+    return tl.load(vector + columns, mask=columns < width, other=0.0)[None, :]
+
+
+@triton.jit
+def affine_in_centred(dz, y, mean, a, b, c):
+    """``a·dz + b·(y − mean) + c``, the gradient behind a batch norm, of a tile; the vectors are ``[1, BLOCK_N]``."""
+    # Frozen statistics have b = 0 and a gradient that does not depend on y: 0·NaN must not enter.
+    return (dz * a + c) + tl.where(b == 0, 0.0, y - mean) * b

@@ -1,8 +1,7 @@
-"""What the launchers of the 1×1 convolutions share: checks of their arguments, grids, and how rows are split."""
+"""What the launchers of the convolutions share: checks of their arguments, grids, and how rows are split."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -10,15 +9,16 @@ import triton
 from torch import Tensor
 
 from ..kernels import Conv, Operand, Pending
-from .operands import PendingGrad, check_dense
+from .cost import describe
+from .operands import Below, PendingGrad, check_dense
 from .tuning import Config
 
 _PROGRAMS_PER_SM = 2
 
 
-@functools.cache
 def multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    """Of the GPU; 2 stand in for it in the interpreter."""
+    return describe(device).sms if device.type == "cuda" else 2
 
 
 def check(name: str, x: Tensor, like: Tensor, shape: Sequence[int]) -> Tensor:
@@ -100,3 +100,10 @@ def gradient(dy: Tensor | PendingGrad) -> tuple[Tensor | None, ...]:
         return check_dense(dy), *(None,) * 5
     y = check("y", dy.y, dy.dz, dy.dz.shape)
     return check_dense(dy.dz), y, *map(vector, (dy.mean, dy.a, dy.b, dy.c))
+
+
+def front(below: Below | None, like: Tensor, shape: Sequence[int]) -> tuple[Tensor | None, ...]:
+    """y, mean, scale, shift of the batch norm in front: None where there is none."""
+    if below is None:
+        return (None,) * 4
+    return check("below.y", below.y, like, shape), *map(vector, (below.mean, below.scale, below.shift))

@@ -9,8 +9,9 @@ from torch import Tensor
 from triton import language as tl
 
 from ..kernels import Conv
-from .bn import affine_in_centred, channel_vector, row_pitch, steps_of, tile_columns, tile_options
+from .bn import row_pitch, steps_of, tile_columns, tile_options
 from .cost import Config
+from .language import affine_in_centred, load_vector
 from .merging import merge_sums
 from .operands import check_dense
 
@@ -39,7 +40,7 @@ def bn_relu_maxpool_kernel(
     tiles_n = tl.cdiv(C, BLOCK_N)
     image, local, exists = image_tile(tl.program_id(0) // tiles_n, P * Q, BLOCK_M)
     columns, inside_n = tile_columns(tl.program_id(0) % tiles_n, pitch, BLOCK_N)
-    scales, shifts = channel_vector(scale, columns, inside_n), channel_vector(shift, columns, inside_n)
+    scales, shifts = load_vector(scale, columns, pitch), load_vector(shift, columns, pitch)
     p, q = local // Q, local % Q
     dtype: tl.constexpr = x.dtype.element_ty
     best = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -116,7 +117,7 @@ def bn_relu_maxpool_backward_reduce_kernel(
     tiles_n = tl.cdiv(C, BLOCK_N)
     part = tl.program_id(0) // tiles_n
     columns, inside_n = tile_columns(tl.program_id(0) % tiles_n, pitch, BLOCK_N)
-    means = channel_vector(mean, columns, inside_n)
+    means = load_vector(mean, columns, pitch)
     sum_dz = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     sum_dz_centred = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for tile in tl.range(part * steps, tl.minimum((part + 1) * steps, N * tl.cdiv(P * Q, BLOCK_M))):
@@ -147,8 +148,8 @@ def bn_relu_maxpool_backward_kernel(
     image, local, exists = image_tile(tl.program_id(0) // tiles_n, P * Q, BLOCK_M)
     p, q = local // Q, local % Q
     columns, inside_n = tile_columns(tl.program_id(0) % tiles_n, pitch, BLOCK_N)
-    means, a_of = channel_vector(mean, columns, inside_n), channel_vector(a, columns, inside_n)
-    b_of, c_of = channel_vector(b, columns, inside_n), channel_vector(c, columns, inside_n)
+    means, a_of = load_vector(mean, columns, pitch), load_vector(a, columns, pitch)
+    b_of, c_of = load_vector(b, columns, pitch), load_vector(c, columns, pitch)
     valid = exists[:, None] & inside_n[None, :]
     g00, k00, g01, k01, g10, k10, g11, k11 = four_windows(grad, index, image, p, q, columns, valid, P, Q, pitch)
     for dh in tl.static_range(2):

@@ -21,6 +21,7 @@ from .cross_products import gram, wgrad, wgrad_bn_act
 from .launching import (
     check,
     empty,
+    front,
     gradient,
     matrix,
     operand,
@@ -35,11 +36,10 @@ from .launching import (
 )
 from .merging import merge_moments, merge_sums
 from .operands import Below, PendingGrad
+from .residual import new_mask, no_mask, pack_mask
 from .tuning import Config, choose
 
 __all__ = ["dgrad", "dgrad_bn_act", "fprop", "fprop_bn_act", "gram", "wgrad", "wgrad_bn_act"]
-
-_PACK_BYTES = 256  # of a program that packs a mask
 
 
 def _fprop(
@@ -72,7 +72,7 @@ def _fprop(
         flags = {"pending": x_scale is not None, "dual": second is not None, "residual": residual is not None}
         config = choose("fprop1x1", shape_of(rows, c, k, first.conv, **flags, stats=stats), x.dtype, x.device)
     y = empty(x, shape)
-    mask = torch.empty((y.numel() + 7) // 8 if save_mask else 0, dtype=torch.uint8, device=x.device)
+    mask = new_mask(y) if save_mask else no_mask(y)
     partials = x.new_empty((triton.cdiv(rows, config.block_m), 2, k), dtype=partial_dtype(x.dtype)) if stats else None
     if rows:
         gemm.fprop_kernel[persistent(rows, k, config, x.device)](
@@ -108,9 +108,8 @@ def _fprop(
             BLOCK_K=config.block_k,
             **options(config),
         )
-        if save_mask and k % 8:
-            grid = (triton.cdiv(mask.numel(), _PACK_BYTES),)
-            gemm.pack_mask_kernel[grid](y, mask, y.numel(), BLOCK=_PACK_BYTES)
+    if rows and save_mask and k % 8:
+        mask = pack_mask(y)
     return y, mask, partials, config.block_m
 
 
@@ -185,8 +184,6 @@ def _dgrad(
             constant, mean_dz, mean_a = coupling_shift(w, mean_dz, coupling, mean_a), None, None
     if residual is not None:
         check("residual", residual, dz, dx.shape)
-    if below is not None:
-        check("below.y", below.y, dz, dx.shape)
     if config is None:
         flags = {"pending": isinstance(dy, PendingGrad), "masked": mask is not None, "feedback": feedback is not None}
         flags |= {"residual": residual is not None, "below": below is not None}
@@ -209,7 +206,7 @@ def _dgrad(
             constant,
             residual,
             residual_mask,
-            *(None,) * 4 if below is None else (below.y, *map(vector, (below.mean, below.scale, below.shift))),
+            *front(below, dz, dx.shape),
             dx,
             partials,
             rows,

@@ -1,0 +1,173 @@
+"""What each kernel of the interface is in Triton, and what runs as on the ``aten`` backend instead.
+
+Triton: float32, bfloat16 and float16 in channels_last, on NVIDIA GPUs, or on the processor in Triton's interpreter
+(``TRITON_INTERPRET=1`` when this package is imported: slow, for tests). Strided and grouped 3×3 convolutions and the 7×7 are
+PyTorch's.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..aten import AtenKernels
+from ..kernels import Conv, Feedback, Operand, Pending, Product, is_pointwise
+from . import bn, conv3x3, pool, tuning
+from . import products as pointwise
+from . import residual as residuals
+from .operands import source
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MOST_PIXELS = 2**31 - 2**16  # rows are counted in 32 bits, up to a tile beyond the last; elements in 64
+
+
+def takes(x: Tensor) -> bool:
+    """Whether these kernels read ``x``: dtype, device, layout, and no more pixels than they can count."""
+    return (
+        x.dtype in _DTYPES
+        and (x.is_cuda or tuning.INTERPRETED)
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and x.numel() <= _MOST_PIXELS * x.shape[1]
+    )
+
+
+def _launched(module: ModuleType, name: str) -> Any:
+    """The method that calls the launcher of that name; for an activation, its first argument, that the kernels do not read,
+    the one of the ``aten`` backend."""
+    stand_in = getattr(AtenKernels, name)
+
+    @functools.wraps(stand_in)
+    def method(self: TritonKernels, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return getattr(module, name)(x, *args, **kwargs) if takes(x) else stand_in(self, x, *args, **kwargs)
+
+    return method
+
+
+class TritonKernels(AtenKernels):
+    """Kernels in Triton. Sums have the same bits on every run.
+
+    Args:
+        own_conv3x3: 3×3 convolutions without stride by ``conv3x3``, which read pending activations, in place of cuDNN's.
+    """
+
+    name = "triton"
+
+    def __init__(self, own_conv3x3: bool) -> None:
+        self.own_conv3x3 = own_conv3x3
+
+    def operand(self, y: Tensor, scale: Tensor, shift: Tensor, relu: bool, keep_y: bool) -> Operand:
+        if takes(y):
+            return Pending(y, scale, shift, relu)
+        return super().operand(y, scale, shift, relu, keep_y)
+
+    def _applied(self, a: Operand) -> Tensor:
+        """For kernels that cannot apply an activation while loading."""
+        return self.bn_act(a.y, a.scale, a.shift, None, a.relu, False)[0] if isinstance(a, Pending) else a
+
+    def _is_own_conv3x3(self, x: Tensor, weight: Tensor, conv: Conv) -> bool:
+        return self.own_conv3x3 and takes(x) and conv3x3.supports(x, weight, conv)
+
+    # Convolutions
+
+    def fprop(self, x: Operand, weight: Tensor, conv: Conv) -> Tensor:
+        if takes(source(x)) and is_pointwise(weight, conv):
+            return pointwise.fprop(x, weight, conv, stats=False)[0]
+        if self._is_own_conv3x3(source(x), weight, conv):
+            return conv3x3.fprop(x, weight, stats=False)[0]
+        return super().fprop(self._applied(x), weight, conv)
+
+    def fprop_stats(self, x: Operand, weight: Tensor, conv: Conv) -> tuple[Tensor, Tensor, Tensor]:
+        found: tuple[Any, ...] | None = None
+        if takes(source(x)) and is_pointwise(weight, conv):
+            found = pointwise.fprop(x, weight, conv, stats=True)
+        elif self._is_own_conv3x3(source(x), weight, conv):
+            found = conv3x3.fprop(x, weight, stats=True)
+        return found or super().fprop_stats(x, weight, conv)
+
+    def dgrad(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        conv: Conv,
+        residual: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        if takes(dy) and is_pointwise(weight, conv) and conv.stride == (1, 1):
+            return pointwise.dgrad(dy, weight, conv, x.shape, residual, mask)[0]
+        if residual is None and takes(dy) and self._is_own_conv3x3(x, weight, conv):
+            return conv3x3.dgrad(dy, weight)[0]
+        return super().dgrad(dy, x, weight, conv, residual, mask)
+
+    def wgrad(self, dy: Tensor, x: Operand, weight: Tensor, conv: Conv) -> Tensor:
+        if takes(dy) and takes(source(x)) and is_pointwise(weight, conv):
+            return pointwise.wgrad(dy, x, conv)[:, :, None, None]
+        like = weight if weight.dtype == dy.dtype else torch.empty_like(weight, dtype=dy.dtype)
+        if takes(dy) and self._is_own_conv3x3(source(x), like, conv):
+            return conv3x3.wgrad(dy, x)
+        return super().wgrad(dy, self._applied(x), weight, conv)
+
+    # The covariance plan
+
+    def gram(self, a: Operand, conv: Conv) -> tuple[Tensor, Tensor]:
+        # float32 needs sums in float64 (gram_unit): products of matrices in float64 have units of their own on server GPUs.
+        if takes(source(a)) and source(a).dtype != torch.float32:
+            return pointwise.gram(a, conv)
+        return super().gram(self._applied(a), conv)
+
+    def gram_unit(self, dtype: torch.dtype) -> float:
+        # Tensor cores truncate what they add, by up to two bits of float32.
+        return 2.0**-22 if dtype in (torch.bfloat16, torch.float16) else 2.0**-53
+
+    def recompute_statistics(
+        self, a: Operand, weight: Tensor, conv: Conv, flagged: Tensor, mean: Tensor, var: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        if not bool(flagged.any()):
+            return mean, var
+        return super().recompute_statistics(self._applied(a), weight, conv, flagged, mean, var)
+
+    def fprop_bn_act(
+        self, products: Sequence[Product], shift: Tensor, residual: Tensor | None, relu: bool, save_mask: bool
+    ) -> tuple[Tensor, Tensor]:
+        if all(takes(source(product.a)) for product in products):
+            return pointwise.fprop_bn_act(products, shift, residual, relu, save_mask)
+        return super().fprop_bn_act(products, shift, residual, relu, save_mask)
+
+    def dgrad_bn_act(
+        self,
+        grad: Tensor,
+        mask: Tensor | None,
+        weight: Tensor,
+        conv: Conv,
+        feedback: Feedback | None,
+        acc: Tensor | None = None,
+    ) -> Tensor:
+        if takes(grad):
+            return pointwise.dgrad_bn_act(grad, mask, weight, conv, feedback, acc)[0]
+        return super().dgrad_bn_act(grad, mask, weight, conv, feedback, acc)
+
+    def wgrad_bn_act(
+        self, grad: Tensor, mask: Tensor | None, operands: Sequence[tuple[Operand, Tensor | None, Conv]]
+    ) -> tuple[list[Tensor], Tensor]:
+        if takes(grad) and all(takes(source(a)) for a, _, _ in operands):
+            return pointwise.wgrad_bn_act(grad, mask, operands)
+        return super().wgrad_bn_act(grad, mask, operands)
+
+    # Batch norm with its activation, residual additions, the stem's pooling
+
+    bn_stats = _launched(bn, "bn_stats")
+    bn_act = _launched(bn, "bn_act")
+    bn_act_ = _launched(bn, "bn_act_")
+    bn_act_backward_reduce = _launched(bn, "bn_act_backward_reduce")
+    bn_act_backward = _launched(bn, "bn_act_backward")
+    add_relu = _launched(residuals, "add_relu")
+    mask_grad = _launched(residuals, "mask_grad")
+    mask_grad_add_ = _launched(residuals, "mask_grad_add_")
+    bn_relu_maxpool = _launched(pool, "bn_relu_maxpool")
+    bn_relu_maxpool_backward_reduce = _launched(pool, "bn_relu_maxpool_backward_reduce")
+    bn_relu_maxpool_backward = _launched(pool, "bn_relu_maxpool_backward")
