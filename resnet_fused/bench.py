@@ -273,7 +273,9 @@ def run(
 ) -> int:
     """Measure every batch size and dtype, print a table for each; 1 when a provider failed or was wrong."""
     _check_results_file(results_file)
-    names = ["stock", *(name for name in ("fused", "compile") if name in chosen)]
+    if mode == "infer" and "genstats" in chosen:
+        raise UsageError("--providers: genstats differs from fused in training only")
+    names = ["stock", *(name for name in ("fused", "genstats", "compile") if name in chosen)]
     x, described = images.batch(max(batches), image_size, folder)
     if mode == "train" and min(batches) * (image_size // 32) ** 2 < 2:
         raise UsageError("training needs more than one value per channel: a larger --batch or --image-size")

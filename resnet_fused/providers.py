@@ -12,6 +12,7 @@ from torch._inductor import config as inductor
 
 from . import models, networks
 from .inference import optimize_for_inference
+from .plans import choice
 
 SLACK = 2.0
 FLOOR_ULPS = 16.0
@@ -64,20 +65,23 @@ def build(name: str, source: nn.Module, setting: Setting) -> Provider:
     """Make a provider.
 
     Args:
-        name: "stock" (eager, channels_last), "compile" (the same through torch.compile, with freezing in inference) or
-            "fused" (``optimize_for_inference``, or in training this package's network).
+        name: "stock" (eager, channels_last), "compile" (the same through torch.compile, with freezing in inference),
+            "fused" (``optimize_for_inference``, or in training this package's network) or "genstats" (in training: "fused"
+            with ``covariance("never")``, so that every convolution's statistics come from its raw output).
         source: stock network in float32 that holds the values; not changed.
     """
     dtype = setting.parameter_dtype
+    fused = name in ("fused", "genstats")
+    choice_of_plan = "never" if name == "genstats" else choice.current()
     network: nn.Module
-    if name == "fused":
+    if fused:
         network = models.BUILDERS[setting.model]()
         network.load_state_dict(source.state_dict())
         network = networks.in_layout(network.to(setting.device), torch.channels_last)
     else:
         network = networks.in_layout(copy.deepcopy(source).to(setting.device, dtype), torch.channels_last)
     if setting.mode == "infer":
-        network = optimize_for_inference(network.eval(), dtype) if name == "fused" else network.eval()
+        network = optimize_for_inference(network.eval(), dtype) if fused else network.eval()
     else:
         network = network.to(dtype).train()
     run = _compiled(network, setting) if name == "compile" else network
@@ -88,7 +92,8 @@ def build(name: str, source: nn.Module, setting: Setting) -> Provider:
             return run(x)
 
     def train(x: Tensor) -> Tensor:
-        return networks.training_step(run, x, setting.target(len(x)), setting.torch_dtype)
+        with choice.covariance(choice_of_plan):
+            return networks.training_step(run, x, setting.target(len(x)), setting.torch_dtype)
 
     return Provider(network, infer if setting.mode == "infer" else train)
 

@@ -125,6 +125,31 @@ def test_bench(mode, tmp_path, capsys):
     assert all(float(row["p50_ms"]) > 0 and float(row["error_vs_fp64"]) < 0.1 for row in rows)
 
 
+def test_bench_without_the_covariance_plan(monkeypatch, tmp_path, capsys):
+    """The provider of that name trains without a covariance, the one beside it with one; inference has nothing to compare."""
+    from resnet_fused import backends, providers
+
+    grams = []
+    for kind in {type(backends.get(name)) for name in backends.available_backends()}:
+        plain = kind.gram
+        monkeypatch.setattr(
+            kind, "gram", lambda *args, plain=plain, **kwargs: grams.append(1) or plain(*args, **kwargs)
+        )
+    setting = providers.Setting("resnet50", "train", "fp32", "cpu", 2, 64)
+    source, x = networks.stock_model("resnet50"), torch.randn(2, 3, 64, 64)
+    for name, expected in (("genstats", False), ("fused", True)):
+        grams.clear()
+        providers.build(name, source, setting).step(providers.batch_for(setting, x))
+        assert bool(grams) is expected, name
+    arguments = ["bench", "--model", "resnet18", "--image-size", "64", "--providers", "genstats"]
+    assert main(arguments) == 2
+    assert "genstats differs from fused in training only" in capsys.readouterr().err
+    results = tmp_path / "rows.csv"
+    arguments += ["--mode", "train", "--batch", "2", "--repeats", "1", "--no-memory", "--results-file", str(results)]
+    assert main(arguments) == 0
+    assert [row["provider"] for row in csv.DictReader(results.open())] == ["stock", "genstats"]
+
+
 def test_bench_gives_a_wrong_answer_no_number(monkeypatch, tmp_path, capsys):
     from resnet_fused import providers
 
