@@ -304,7 +304,8 @@ P{caption(setting)[1:]}.
 
 {markdown_table(STEP_HEADER, step_cells(rows, setting), frozenset({0}))}
 
-Stages in which ours **loses** to inductor, as a sum: {", ".join(behind) or "none"}. With our own 3×3 in place of cuDNN's the model expects a **{own}** step,
+Stages in which ours **loses** to inductor, as a sum: {", ".join(behind) or "none"}. With our own 3×3 in
+place of cuDNN's the model expects a **{own}** step,
 {ms["predicted_us_ours_own_conv3x3"]:.1f} ms against {ms["predicted_us_ours"]:.1f} ms; the bounds are
 {ms["predicted_us_ours_own_conv3x3_bound"]:.1f} ms and {ms["predicted_us_ours_bound"]:.1f} ms. cuDNN's 3×3 stand here
 at their bound, our own at the model's time.
