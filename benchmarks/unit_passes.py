@@ -117,6 +117,11 @@ def gram_flops(u: Unit) -> int:
     return 2 * u.rows * u.c**2
 
 
+def feedback_flops(u: Unit) -> int:
+    """Of the product with the coupling, which half precision takes in two parts."""
+    return 2 * gram_flops(u)
+
+
 def ours(block: Block, own_conv3x3: bool = False) -> Iterator[Pass]:
     if block.pooled:
         yield from _our_stem(block.path[0])
@@ -187,7 +192,7 @@ def _our_backward(block: Block, own_conv3x3: bool) -> Iterator[Pass]:
     dy = last.y  # bytes that form the gradient at the unit's raw output: its own, or those of a pending one
     if last.covariance:
         moved = masked_grad + last.weight + 2 * last.x
-        yield product(last, "dgrad", moved, gram_flops(last), masked=1, feedback=1, below=1)
+        yield product(last, "dgrad", moved, feedback_flops(last), masked=1, feedback=1, below=1)
         path.pop()
         dy = yield from _through_norm(path[-1], own_conv3x3, has_relu=False)
     else:
@@ -240,7 +245,7 @@ def _to_the_input(u: Unit, dy: int, own_conv3x3: bool, has_identity: bool) -> It
 def _our_projection_backward(u: Unit) -> Iterator[Pass]:
     if u.covariance:
         moved = (1 + BIT) * u.y + u.weight + 3 * u.read  # what it adds to is read too, as a residual is
-        yield product(u, "dgrad", moved, gram_flops(u), masked=1, feedback=1, residual=1)
+        yield product(u, "dgrad", moved, feedback_flops(u), masked=1, feedback=1, residual=1)
         return
     yield stream(u, "backward sums", 2 + BIT, "bn_backward_reduce")
     if u.stride == 1:

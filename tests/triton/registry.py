@@ -36,7 +36,7 @@ class Case:
 
 
 def multiplies(kernel: str) -> bool:
-    return kernel.startswith(("fprop", "dgrad", "wgrad", "gram"))
+    return kernel.startswith(("fprop", "dgrad", "wgrad", "gram", "flagged"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +48,7 @@ class Kernel:
     makes the tensor be there.
     ``variants``: flags that are set, or "FLAG=value". The first is checked by the default suite on sm_90, the last on others.
     ``fixed``, ``float32``, ``half``: flags of every variant, and of those of a dtype.
+    ``own_configs``: the module has a configuration for each size of an element; others are chosen by shape.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Kernel:
     fixed: str = ""
     float32: str = ""
     half: str = ""
+    own_configs: bool = False  # the module's CONFIGS, whatever the shape
 
     def case(self, variant: str, dtype: str, arch: int, config: Any) -> Case:
         short = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[dtype]
@@ -122,7 +124,7 @@ REGISTRY = (
         "fprop1x1", "gemm", "fprop_kernel", _FPROP1X1,
         ("PENDING X_RELU NORM RESIDUAL MASK RELU", "PENDING X_RELU NORM DUAL STRIDED2 MASK RELU", "PENDING X_RELU STATS", ""),
     ),
-    Kernel("fprop1x1", "flagged", "flagged_moments_kernel", _FLAGGED, ("FLAGGED PENDING X_RELU",)),
+    Kernel("flagged1x1", "flagged", "flagged_moments_kernel", _FLAGGED, ("PENDING X_RELU",), own_configs=True),
     Kernel(
         "dgrad1x1", "gemm", "dgrad_kernel", _DGRAD1X1,
         ("MASK FEEDBACK A_RELU BELOW BELOW_RELU", "GRAD BELOW BELOW_RELU", "GRAD RESIDUAL", ""),
@@ -178,15 +180,17 @@ def _shapes(kernel: str) -> list[dict[str, int]]:
     return shapes
 
 
-def chosen(kernel: str, dtype: str, arch: int) -> list[Any]:
+def chosen(kernel: Kernel, dtype: str, arch: int) -> list[Any]:
     """The configurations that ResNets get on a GPU of this architecture."""
     import torch
 
-    from resnet_fused.backends.triton import cost
+    from resnet_fused.backends.triton import cost, flagged
 
+    if kernel.own_configs:
+        return [flagged.CONFIGS[getattr(torch, dtype).itemsize]]
     gpus = [gpu for gpu in cost.DEVICES.values() if gpu.arch == arch]
-    cases = itertools.product(gpus, _shapes(kernel))
-    return list(dict.fromkeys(cost.ranked(kernel, shape, getattr(torch, dtype), gpu)[0] for gpu, shape in cases))
+    cases = itertools.product(gpus, _shapes(kernel.name))
+    return list(dict.fromkeys(cost.ranked(kernel.name, shape, getattr(torch, dtype), gpu)[0] for gpu, shape in cases))
 
 
 def shipped() -> list[Case]:
@@ -194,7 +198,7 @@ def shipped() -> list[Case]:
     return [
         kernel.case(variant, dtype, arch, config)
         for kernel, dtype, arch in itertools.product(REGISTRY, ("bfloat16", "float32"), ARCHES)
-        for config, variant in itertools.product(chosen(kernel.name, dtype, arch), kernel.variants)
+        for config, variant in itertools.product(chosen(kernel, dtype, arch), kernel.variants)
     ]
 
 
@@ -204,6 +208,6 @@ def default_suite(arch: int) -> list[Case]:
     return [
         kernel.case(kernel.variants[0 if arch == 90 and dtype != "float16" else -1], dtype, arch, config)
         for kernel, dtype in itertools.product(REGISTRY, dtypes)
-        for config in chosen(kernel.name, dtype, arch)[:1]
+        for config in chosen(kernel, dtype, arch)[:1]
         if dtype != "float16" or multiplies(kernel.name)
     ]

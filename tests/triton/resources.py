@@ -213,10 +213,20 @@ def complaints(case: Case, found: Resources, pinned: dict[str, str] | None = Non
         wrong.append(f"does not fit: {found.shared} bytes of shared memory, {found.registers} registers")
     if multiplies(case.kernel) and case.dtype != "float32" and not found.mma:
         wrong.append(f"no {TENSOR_CORE[case.arch]}")
+    if not found.ldg128:
+        wrong.append("no 16-byte loads")
+    if not found.stg128 and not only_vectors(case):
+        wrong.append("no 16-byte stores")
     same = pinned is not None and pinned["triton"] == row(case, found)["triton"]
     if same and found.registers > int(pinned["registers"]):
         wrong.append(f"{found.registers} registers, {pinned['registers']} in budget.csv")
     return wrong
+
+
+def only_vectors(case: Case) -> bool:
+    """Whether the kernel stores nothing but per-channel sums, a number for each thread."""
+    stores_matrix = {"bn_stats": False, "bn_backward_reduce": "WANT_ACTIVATION" in case.variant}
+    return "REDUCE" in case.variant or case.kernel == "flagged1x1" or not stores_matrix.get(case.kernel, True)
 
 
 def show(case: Case, found: Resources) -> str:

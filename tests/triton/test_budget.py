@@ -82,7 +82,7 @@ def test_what_the_compiler_says_is_read():
     assert not told[6] and blackwell.mma > 0 and blackwell.hmma == 0
 
 
-FINE = Resources(registers=128, shared=64 * 1024, ctas_per_sm=2, mma=8)
+FINE = Resources(registers=128, shared=64 * 1024, ctas_per_sm=2, mma=8, ldg128=4, stg128=4)
 
 
 @pytest.mark.parametrize(
@@ -93,6 +93,8 @@ FINE = Resources(registers=128, shared=64 * 1024, ctas_per_sm=2, mma=8)
         ({"spills": 2}, "2 spills"),
         ({"shared": 228 * 1024, "ctas_per_sm": 0}, "does not fit"),
         ({"mma": 0}, "no HGMMA"),
+        ({"ldg128": 0}, "no 16-byte loads"),
+        ({"stg128": 0}, "no 16-byte stores"),
         ({"registers": 129}, "129 registers, 128 in budget.csv"),
         ({"failure": "PTXASError"}, "PTXASError"),
     ],
@@ -119,7 +121,7 @@ def test_float32_products_need_no_tensor_cores():
 def test_every_kernel_that_is_tuned_is_registered():
     from resnet_fused.backends.triton import cost
 
-    assert {kernel.name for kernel in registry.REGISTRY} == set(cost.KERNELS)
+    assert {kernel.name for kernel in registry.REGISTRY if not kernel.own_configs} == set(cost.KERNELS)
 
 
 @pytest.mark.parametrize("arch", registry.ARCHES)

@@ -193,7 +193,8 @@ def _product(kernel: str, shape: Mapping[str, int], dtype: torch.dtype, config: 
         tile_rows, tile_columns, step = config.block_n, config.block_k, config.block_m
     else:
         rows, columns, depth = (m, k, c) if kernel.startswith("fprop") else (m, c, k)
-        depth += c * bool(shape.get("feedback"))  # a second product, with the coupling
+        # A second product, with the coupling: in half precision with its two parts.
+        depth += c * (2 if size == 2 else 1) * bool(shape.get("feedback"))
         tile_rows, tile_columns, step = config.block_m, config.block_n, config.block_k
     down, across = math.ceil(rows / tile_rows), math.ceil(columns / tile_columns)
     tiles, steps = down * across, math.ceil(depth / step)
@@ -341,6 +342,10 @@ _SPILLING = {
     ("fprop3x3", 4, 80, Config(32, 32, 32, 4, 2)),
     ("fprop3x3", 4, 80, Config(32, 64, 16, 8, 2)),
     ("fprop3x3", 4, 90, Config(32, 64, 32, 4, 2)),
+    ("dgrad1x1", 2, 90, Config(128, 128, 64, 8, 3)),
+    ("dgrad1x1", 2, 90, Config(128, 128, 64, 8, 2)),
+    ("dgrad1x1", 2, 90, Config(128, 128, 64, 8, 4)),
+    ("dgrad1x1", 2, 90, Config(128, 128, 32, 8, 3)),
     ("wgrad3x3", 2, 80, Config(32, 64, 64, 4, 3)),
 }
 

@@ -11,9 +11,12 @@ from triton import language as tl
 from ..kernels import Conv, Operand, filter_matrix
 from .gemm import add_product, pixels
 from .language import wide_moments
-from .launching import matrix, operand, options, output_shape, rows_of, shape_of, split, strided
+from .launching import matrix, operand, options, output_shape, rows_of, split, strided
 from .merging import merge_moments
-from .tuning import Config, choose
+from .tuning import INTERPRETED, Config
+
+# By bytes of an element. Small tiles: this runs where channels are ill-conditioned, and float64 takes registers.
+CONFIGS = {2: Config(64, 32, 32, 8, 3), 4: Config(32, 32, 16, 4, 2)}
 
 
 @triton.jit
@@ -70,7 +73,7 @@ def flagged_moments_kernel(
 
 
 def recompute_statistics(
-    a: Operand, weight: Tensor, conv: Conv, flagged: Tensor, mean: Tensor, var: Tensor, config: Config | None = None
+    a: Operand, weight: Tensor, conv: Conv, flagged: Tensor, mean: Tensor, var: Tensor
 ) -> tuple[Tensor, Tensor]:
     """``mean`` and ``var``, where ``flagged`` of ``conv(a, weight)`` as accumulated: ``Kernels.recompute_statistics``.
 
@@ -85,9 +88,7 @@ def recompute_statistics(
     rows = rows_of(shape)
     if not rows:
         return mean, var
-    if config is None:
-        flags = {"pending": scale is not None, "dual": False, "residual": False, "stats": True}
-        config = choose("fprop1x1", shape_of(rows, c, k, conv, **flags), x.dtype, x.device)
+    config = Config(16, 16, 16, 4, 1) if INTERPRETED else CONFIGS[x.dtype.itemsize]
     splits, chunks = split(rows, 1, config.block_m, x.device)
     partials = x.new_empty((splits, 2, k), dtype=torch.float64)
     flagged_moments_kernel[(splits,)](
