@@ -20,13 +20,14 @@ if TYPE_CHECKING:  # Triton may be absent
     from .backends.triton.trial import Clock, Trial
     from .backends.triton.tuning import Config, Entry
 
-DTYPES = ("fp32", "bf16", "fp16")
 SAMPLES = 20
 
 
-def check_machine() -> None:
-    """Raises:
-    UsageError: nothing can be measured here; says what is missing.
+def gpu_to_measure() -> torch.device:
+    """The current GPU.
+
+    Raises:
+        UsageError: nothing can be measured here; says what is missing.
     """
     if torch.are_deterministic_algorithms_enabled():
         raise UsageError(
@@ -36,10 +37,11 @@ def check_machine() -> None:
     if importlib.util.find_spec("triton") is None:
         raise UsageError("tune: Triton is not installed: pip install resnet_fused[triton]")
     if not torch.cuda.is_available():
-        raise UsageError("tune: PyTorch sees no GPU, and nothing else tells how fast its kernels are")
+        raise UsageError("tune: PyTorch sees no GPU: the kernels are measured where they run")
     reason = backends.unavailable_backends().get("triton")
     if reason is not None:
         raise UsageError(f"tune: {reason}")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def tune_group(
     """Measure one entry of the table and write it: the mean time of a launch, over all members.
 
     Raises:
-        RuntimeError: no configuration works.
+        tuning.NothingWorks: no configuration is right, or none runs.
     """
     from .backends.triton import tuning
     from .backends.triton.trial import Trial
@@ -135,9 +137,7 @@ def _counts(
         with torch.device("meta"):
             network = models.BUILDERS[name]()
         for own_conv3x3 in (True, False):
-            yield from workloads(
-                network, batch, image_size, networks.DTYPES[dtype], training, own_conv3x3
-            ).items()
+            yield from workloads(network, batch, image_size, networks.DTYPES[dtype], training, own_conv3x3).items()
 
 
 def tune_all(
@@ -148,6 +148,8 @@ def tune_all(
     Returns:
         Rows of the table for a terminal; what was left out, and why.
     """
+    from .backends.triton import tuning
+
     rows: list[list[str]] = []
     left_out: list[str] = []
     try:
@@ -157,9 +159,7 @@ def tune_all(
                 progress.update(task, description=f"{group.first.kernel} {describe_shape(group.first)}")
                 try:
                     rows.append(_row(group, tune_group(group, gpu, device, clock, path, left_out.append), gpu))
-                except RuntimeError as error:
-                    if "no configuration of" not in str(error):
-                        raise
+                except tuning.NothingWorks as error:
                     left_out.append(str(error))
                 progress.advance(task)
     finally:
@@ -180,14 +180,18 @@ def run(
     kernels: Sequence[str] | None = None,
 ) -> int:
     """Measure what the networks launch, and update the table; 1 when an entry found no configuration."""
-    check_machine()
+    device = gpu_to_measure()
     from .backends.triton import cost, tuning
     from .backends.triton.trial import Clock
 
+    for name in kernels or ():
+        if name not in cost.KERNELS:
+            raise UsageError(f"--kernel: unknown kernel {name!r}, expected one of {', '.join(cost.KERNELS)}")
     path = tuning.user_table() if table is None else Path(table).expanduser()
     if path.is_dir():
         raise UsageError(f"--table: {path} is a folder")
-    device = torch.device("cuda", torch.cuda.current_device())
+    if mode == "train" and batch * (image_size // 32) ** 2 < 2:
+        raise UsageError("training needs more than one value per channel: a larger --batch or --image-size")
     gpu = cost.describe(device)
     counts = [pair for dtype in dtypes for pair in _counts(names, batch, image_size, dtype, mode == "train")]
     todo = groups(counts, gpu, kernels)

@@ -126,12 +126,17 @@ class Trial:
         self.workload = workload
         self.arguments = _Inputs(device).arguments(workload)
         self._kernels = TritonKernels(own_conv3x3=True)
+        self._scratch: dict[str, Any] | None = None
         self._references: list[tuple[Tensor, Tensor]] | None = None
 
     def call(self, config: Config | None = None) -> Any:
-        """What the method returns, launched with ``config``, else with what the tuning table says. In-place methods write over
-        ``arguments``."""
-        return self._call(self._kernels, self.arguments, config)
+        """What the method returns, launched with ``config``, else with what the tuning table says.
+
+        Methods that work in place have inputs of their own for it, which they change from call to call.
+        """
+        if self._scratch is None:
+            self._scratch = map_tensors(_copy, self.arguments)
+        return self._call(self._kernels, self._scratch, config)
 
     def _call(self, kernels: AtenKernels, arguments: dict[str, Any], config: Config | None = None) -> Any:
         own = self.workload.kernel, self.workload.shape
@@ -150,7 +155,7 @@ class Trial:
 
     def _gold_and_stock(self) -> list[tuple[Tensor, Tensor]]:
         if self._references is None:
-            with torch.backends.cudnn.flags(allow_tf32=False), torch.no_grad():
+            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False), torch.no_grad():
                 stock = self._answers(_ATEN, {name: _formed(value) for name, value in self.arguments.items()})
                 wide = map_tensors(_double, self.arguments)
                 gold = self._answers(_ATEN, {name: _formed(value) for name, value in wide.items()})

@@ -36,7 +36,7 @@ from triton.errors import TritonError
 from . import cost
 from .cost import Config
 
-__all__ = ["Config", "Entry", "choose", "deciding", "reload", "tune"]
+__all__ = ["Config", "Entry", "NothingWorks", "choose", "deciding", "reload", "tune"]
 
 ENVIRONMENT_VARIABLE = "RESNET_FUSED_TUNING_TABLE"
 KIND, FORMAT = "resnet_fused.triton.tuning", 1
@@ -222,6 +222,10 @@ def _tables() -> Table:
 # Measuring
 
 
+class NothingWorks(RuntimeError):
+    """Every configuration of a kernel was left out."""
+
+
 def tune(
     kernel: str,
     shape: Mapping[str, int],
@@ -245,7 +249,7 @@ def tune(
         path: the table to update, else ``user_table()``. Processes that write one table at the same time may lose entries.
         report: is told what was left out, and why.
     Raises:
-        RuntimeError: no configuration works; the table stays as it is.
+        NothingWorks: no configuration works; the table stays as it is.
     """
     best: Entry | None = None
     for config in cost.ranked(kernel, shape, dtype, gpu) if configs is None else configs:
@@ -264,7 +268,7 @@ def tune(
         elif best is None or us < best.us:
             best = Entry(config, us)
     if best is None:
-        raise RuntimeError(f"no configuration of {kernel} works for {dict(shape)} in {dtype} on {gpu.name}")
+        raise NothingWorks(f"no configuration of {kernel} works for {dict(shape)} in {dtype} on {gpu.name}")
     path = user_table() if path is None else path
     write(path, merge(read(path), {entry_key(kernel, shape, dtype, gpu): best}))
     return best
