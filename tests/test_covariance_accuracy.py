@@ -12,7 +12,7 @@ from torch import Tensor
 
 import resnet_fused
 from resnet_fused import backends, statistics
-from resnet_fused.testing import assert_as_accurate
+from resnet_fused.testing import assert_as_accurate, max_error
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -41,6 +41,16 @@ def test_as_accurate_as_stock(backend: str, point: tuple[str, str], dtype: torch
 @every_dtype
 def test_odd_sizes(backend: str, rows: tuple[int, int, int], dtype: torch.dtype) -> None:
     check(Case(mean=10, rows=rows, channels=(17, 35)), dtype)
+
+
+@pytest.mark.parametrize("delta", [1e-2, 1e-3])
+def test_the_input_gradient_of_correlated_channels(backend: str, delta: float) -> None:
+    """In float32, over five draws: one draw says little, as stock's errors are a few roundings."""
+    case, shares = Case(delta=delta, rows=(2, 12, 12)), []
+    for seed in range(5):
+        ours, stock, exact = three(case, torch.float32, seed)
+        shares.append(max_error(ours["dx"], exact["dx"]) / max_error(stock["dx"], exact["dx"]))
+    assert torch.tensor(shares).median() <= 2, shares
 
 
 # Flagged channels
@@ -109,6 +119,13 @@ def assert_red(point: Case, dtype: torch.dtype = torch.float32) -> None:
 def test_a_float32_gram_is_found_out(backend: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(backends.get(backend)), "gram", uncentred_float32_gram)
     assert_red(case)
+
+
+def test_a_float32_coupling_is_found_out(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = statistics.coupling
+    monkeypatch.setattr(statistics, "coupling", lambda weight, b: original(weight.float(), b.float()))
+    with pytest.raises(AssertionError):
+        test_the_input_gradient_of_correlated_channels(backend, 1e-3)
 
 
 def test_the_recomputation_mends_a_float32_gram(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,7 +52,28 @@ class Pending:
     relu: bool
 
 
-Operand = Tensor | Pending  # what a product reads: only a backend whose kernels have such a prologue makes a Pending
+@dataclass(frozen=True)
+class PendingGrad:
+    """A gradient at a raw output not yet formed: ``dy = a·dz + b·(y − mean) + c``, dz counting where ``mask``.
+
+    Attributes:
+        dz, y: activations ``[N, K, P, Q]`` of one dtype.
+        mean, a, b, c (Tensor[K]): in the accumulation dtype.
+        mask: one bit for each element of dz; None: everywhere.
+    """
+
+    dz: Tensor
+    y: Tensor
+    mean: Tensor
+    a: Tensor
+    b: Tensor
+    c: Tensor
+    mask: Tensor | None = None
+
+
+# What a product reads: only a backend whose kernels have such a prologue makes what is pending.
+Operand = Tensor | Pending
+Gradient = Tensor | PendingGrad
 
 
 @dataclass(frozen=True)
@@ -87,6 +108,40 @@ class Feedback:
     mean_a: Tensor
     coupling: Tensor
     mean_dz: Tensor
+
+
+@dataclass(frozen=True)
+class Below:
+    """The batch norm and ReLU in front of a convolution, as the backward meets them.
+
+    Attributes:
+        y: the raw output ``[N, C, H, W]``.
+        mean, scale, shift (Tensor[C]): in the accumulation dtype.
+    """
+
+    y: Tensor
+    mean: Tensor
+    scale: Tensor
+    shift: Tensor
+    relu: bool
+
+
+@dataclass(frozen=True)
+class NormGrad:
+    """A gradient that reached a batch norm and its ReLU from behind, with the sums that its backward needs.
+
+    Attributes:
+        grad: dz where ``mask`` (everywhere without one), and with ``relu`` where the activation, formed again, lets it pass.
+        sum_dz, sum_dz_centred (Tensor[C]): ``Σ dz`` and ``Σ dz·(y − mean)``.
+        activation: what the ReLU made, for the next wgrad; None where nobody asked.
+    """
+
+    grad: Tensor
+    mask: Tensor | None
+    relu: bool
+    sum_dz: Tensor
+    sum_dz_centred: Tensor
+    activation: Operand | None = None
 
 
 def is_pointwise(weight: Tensor, conv: Conv) -> bool:
@@ -125,7 +180,7 @@ class Kernels(ABC):
     @abstractmethod
     def dgrad(
         self,
-        dy: Tensor,
+        dy: Gradient,
         x: Tensor,
         weight: Tensor,
         conv: Conv,
@@ -136,8 +191,12 @@ class Kernels(ABC):
         what came through the shortcut: ``residual`` where ``mask`` (everywhere without one)."""
 
     @abstractmethod
-    def wgrad(self, dy: Tensor, x: Tensor, weight: Tensor, conv: Conv) -> Tensor:
-        """Gradient of ``fprop`` with respect to ``weight`` (only its shape and layout count), in ``dy``'s dtype."""
+    def wgrad(self, dy: Gradient, x: Operand, weight: Tensor, conv: Conv) -> Tensor:
+        """Gradient of ``fprop`` with respect to ``weight`` (only its shape and layout count), in ``dy``'s dtype or better."""
+
+    def dgrad_below(self, dy: Gradient, weight: Tensor, conv: Conv, below: Below, want_activation: bool) -> NormGrad:
+        """``dgrad`` carried on to the batch norm in front of the convolution. Here: ``norm_grad`` of it, a pass of its own."""
+        return self.norm_grad(self.dgrad(dy, below.y, weight, conv), None, below, want_activation)
 
     # The covariance plan: 1×1 convolutions with their batch norm. A = act(…) is the operand as rows [M, C], strided as the
     # convolution strides; dz is ``grad`` where ``mask`` (everywhere without one).
@@ -195,6 +254,19 @@ class Kernels(ABC):
             digits; in half precision that would round the operands, and the means leave through a constant
             (``statistics.coupling_shift``). Traffic: reads grad and a, writes dA.
         """
+
+    def dgrad_bn_act_below(
+        self,
+        grad: Tensor,
+        mask: Tensor | None,
+        weight: Tensor,
+        conv: Conv,
+        feedback: Feedback | None,
+        below: Below,
+        acc: Tensor | None = None,
+    ) -> NormGrad:
+        """``dgrad_bn_act`` carried on to the batch norm in front of A. Here: ``norm_grad`` of it, a pass of its own."""
+        return self.norm_grad(self.dgrad_bn_act(grad, mask, weight, conv, feedback, acc), None, below, False)
 
     @abstractmethod
     def wgrad_bn_act(
@@ -264,6 +336,29 @@ class Kernels(ABC):
 
         Traffic: reads grad and x, writes dx.
         """
+
+    def norm_grad(self, grad: Tensor, mask: Tensor | None, below: Below, want_activation: bool) -> NormGrad:
+        """``bn_act_backward_reduce`` of what came to the batch norm and ReLU of ``below``, or to those and a shortcut (mask)."""
+        sum_dz, sum_dz_centred, activation = self.bn_act_backward_reduce(
+            grad, below.y, mask, below.mean, below.scale, below.shift, below.relu, want_activation
+        )
+        return NormGrad(grad, mask, below.relu, sum_dz, sum_dz_centred, activation if want_activation else None)
+
+    def gradient(
+        self,
+        found: NormGrad,
+        below: Below,
+        coefficients: tuple[Tensor, Tensor, Tensor],
+        weight: Tensor | None,
+        conv: Conv | None,
+        inplace: bool,
+    ) -> Gradient:
+        """``a·dz + b·(y − mean) + c`` at the raw output ``below.y``, as the convolution that made it (None: none) wants it.
+
+        Here: ``bn_act_backward``, over ``found.grad`` if ``inplace`` allows it.
+        """
+        gate = below.scale, below.shift, found.relu
+        return self.bn_act_backward(found.grad, below.y, found.mask, below.mean, *gate, coefficients, inplace)
 
     # Residual additions
 

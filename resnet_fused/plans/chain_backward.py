@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import statistics
-from ..backends.kernels import Conv, Feedback, Kernels, Operand, filter_matrix
+from ..backends.kernels import Below, Conv, Feedback, Gradient, Kernels, NormGrad, Operand, filter_matrix
 from .chain import Norm, channels_last, enter, match_layout, weight_of
 from .spec import Chain, Shortcut, Tail
 
@@ -86,18 +86,23 @@ class _Backward:
         self.gradients[first : first + len(found)] = found
         return a, b, c
 
-    def through_norm(
-        self, i: int, grad: Tensor, mask: Tensor | None, relu: bool, want_activation: bool, inplace: bool
-    ) -> tuple[Tensor, Tensor]:
-        """From the gradient behind unit ``i``'s activation to the one at its raw output; and the activation, if wanted."""
-        norm, y = self.norms[i], self.raw[i]
+    def below(self, i: int) -> Below:
+        """Unit ``i``'s batch norm and what follows it, seen from behind."""
+        unit, norm, y = self.chain.units[i], self.norms[i], self.raw[i]
         assert y is not None
-        sum_dz, sum_dz_centred, activation = self.k.bn_act_backward_reduce(
-            grad, y, mask, norm.mean, norm.scale, norm.shift, relu, want_activation
-        )
-        abc = self.coefficients(i, sum_dz, sum_dz_centred, _rows(y))
-        dy = self.k.bn_act_backward(grad, y, mask, norm.mean, norm.scale, norm.shift, relu, abc, inplace)
-        return dy, activation
+        relu = unit.relu if i < len(self.chain.path) - 1 else self.chain.tail == Tail.RELU
+        return Below(y, norm.mean, norm.scale, norm.shift, relu)
+
+    def through_norm(self, i: int, found: NormGrad, inplace: bool) -> Gradient:
+        """From the gradient behind unit ``i``'s batch norm to the one at its raw output."""
+        unit, below = self.chain.units[i], self.below(i)
+        abc = self.coefficients(i, found.sum_dz, found.sum_dz_centred, _rows(below.y))
+        weight = None if unit.conv is None else self.filter(i)
+        return self.k.gradient(found, below, abc, weight, unit.conv, inplace)
+
+    def through_output(self, i: int, grad: Tensor, mask: Tensor | None) -> Gradient:
+        """From the gradient of the chain's output to the one at the raw output of unit ``i``, the last or the projection."""
+        return self.through_norm(i, self.k.norm_grad(grad, mask, self.below(i), False), inplace=False)
 
     def through_pool(self, i: int, grad: Tensor) -> Tensor:
         norm, y = self.norms[i], self.raw[i]
@@ -139,57 +144,47 @@ class _Backward:
                 dweight = statistics.weight_gradient(t, a, b, count, w, moments[1].to(w.dtype))
             self.gradients[self.offsets[i]] = dweight.view(unit.weight.shape).to(unit.weight.dtype)
 
-    def dgrad_through_product(
-        self, i: int, a: Operand | None, grad: Tensor, mask: Tensor | None, acc: Tensor | None = None
-    ) -> Tensor:
-        """The gradient at what unit ``i`` read, under the covariance plan; added to ``acc`` where there is one."""
+    def product(self, i: int, a: Operand | None, grad: Tensor) -> tuple[Tensor, Conv, Feedback | None]:
+        """``diag(a) W``, the convolution and the feedback of unit ``i`` under the covariance plan."""
         norm, moments = self.norms[i], self.moments[i]
         w = filter_matrix(self.filter(i)).to(norm.mean.dtype)
         feedback = None
         if moments is not None:
             assert a is not None
-            b, sum_dz = self.feedback[i]
-            coupling = statistics.coupling(w, b).to(grad.dtype)
-            feedback = Feedback(a, moments[0].to(w.dtype), coupling, sum_dz / _rows(grad))
-        return self.k.dgrad_bn_act(grad, mask, (norm.scale[:, None] * w).to(grad.dtype), self.conv(i), feedback, acc)
+            (b, sum_dz), mean_a = self.feedback[i], moments[0]
+            # In the moments' dtype: where channels are correlated it cancels, and float32 would show in every pixel.
+            coupling = statistics.coupling(w.to(mean_a.dtype), b.to(mean_a.dtype)).to(grad.dtype)
+            feedback = Feedback(a, mean_a.to(w.dtype), coupling, sum_dz / _rows(grad))
+        return (norm.scale[:, None] * w).to(grad.dtype), self.conv(i), feedback
 
     def conv(self, i: int) -> Conv:
         conv = self.chain.units[i].conv
         assert conv is not None
         return conv
 
-    def wgrad(self, i: int, dy: Tensor, a: Tensor) -> None:
+    def wgrad(self, i: int, dy: Gradient, a: Operand) -> None:
         unit = self.chain.units[i]
         assert unit.weight is not None
         self.gradients[self.offsets[i]] = self.k.wgrad(dy, a, unit.weight, self.conv(i)).to(unit.weight.dtype)
 
-    def dgrad(
-        self, i: int, dy: Tensor, like: Tensor, residual: Tensor | None = None, mask: Tensor | None = None
-    ) -> Tensor:
-        return channels_last(self.k.dgrad(dy, like, self.filter(i), self.conv(i), residual, mask))
-
-    def descend(self, last: int, dy: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    def descend(self, last: int, dy: Gradient, residual: Tensor | None, mask: Tensor | None) -> Tensor | None:
         """From the gradient at the raw output of unit ``last`` down the path to the chain's input, where ``residual`` (where
         ``mask``) is added; None where the input needs no gradient."""
-        for i in range(last, -1, -1):
-            if self.chain.units[i].conv is None:
-                return dy if residual is None else self.add_residual(dy, residual, mask)
-            below = self.raw[i - 1] if i else self.x
-            assert below is not None
-            if i == 0:
-                if self.wanted(0):
-                    self.wgrad(0, dy, self.x)
-                return self.dgrad(0, dy, self.x, residual, mask) if self.needs.x else None
+        for i in range(last, 0, -1):
             if not self.any_wanted_below(i):
                 if self.wanted(i):
                     self.wgrad(i, dy, self.operand(i))
                 return None
-            relu, da = self.chain.units[i - 1].relu, self.dgrad(i, dy, below)
-            dy_below, a = self.through_norm(i - 1, da, None, relu, want_activation=self.wanted(i), inplace=True)
-            if self.wanted(i):
-                self.wgrad(i, dy, a)
-            dy = dy_below
-        raise AssertionError("a path has a first unit")
+            found = self.k.dgrad_below(dy, self.filter(i), self.conv(i), self.below(i - 1), self.wanted(i))
+            if found.activation is not None:
+                self.wgrad(i, dy, found.activation)
+            dy = self.through_norm(i - 1, found, inplace=True)
+        if self.chain.units[0].conv is None:
+            assert isinstance(dy, Tensor)
+            return dy if residual is None else self.add_residual(dy, residual, mask)
+        if self.wanted(0):
+            self.wgrad(0, dy, self.x)
+        return self.k.dgrad(dy, self.x, self.filter(0), self.conv(0), residual, mask) if self.needs.x else None
 
     def add_residual(self, dx: Tensor, residual: Tensor, mask: Tensor | None) -> Tensor:
         if mask is None:
@@ -212,7 +207,6 @@ def backward(
     walk = _Backward(k, chain, saved, needs, x)
     last, projection = len(chain.path) - 1, len(chain.path)
     has_projection = chain.shortcut == Shortcut.PROJECTION
-    relu = chain.tail == Tail.RELU
     mask = walk.extra if chain.saves_mask else None
     if chain.tail == Tail.RELU_MAXPOOL or chain.units[last].covariance:
         grad = channels_last(grad)
@@ -230,36 +224,33 @@ def backward(
 
     residual, residual_mask = (grad, mask) if chain.shortcut == Shortcut.IDENTITY else (None, None)
     dx: Tensor | None = None
+    dy: Gradient
     if not chain.units[last].covariance:
-        if chain.tail == Tail.RELU_MAXPOOL:
-            dy = walk.through_pool(last, grad)
-        else:
-            dy, _ = walk.through_norm(last, grad, mask, relu, want_activation=False, inplace=False)
+        pooled = chain.tail == Tail.RELU_MAXPOOL
+        dy = walk.through_pool(last, grad) if pooled else walk.through_output(last, grad, mask)
         dx = walk.descend(last, dy, residual, residual_mask)
     elif walk.any_wanted_below(last):
-        below = x if last == 0 else walk.raw[last - 1]
-        assert below is not None
-        acc = None if walk.conv(last).stride == (1, 1) else torch.zeros_like(below)
-        da = walk.dgrad_through_product(last, operands.get(last), grad, mask, acc)
+        weight, conv, feedback = walk.product(last, operands.pop(last, None), grad)
+        below = x if last == 0 else walk.below(last - 1).y
+        acc = None if conv.stride == (1, 1) else torch.zeros_like(below)
         if last == 0:
-            dx = da if residual is None else walk.add_residual(da, residual, residual_mask)
+            dx = k.dgrad_bn_act(grad, mask, weight, conv, feedback, acc)
+            dx = dx if residual is None else walk.add_residual(dx, residual, residual_mask)
         else:
-            operands.pop(last, None)
-            dy, _ = walk.through_norm(
-                last - 1, da, None, chain.units[last - 1].relu, want_activation=False, inplace=True
-            )
-            dx = walk.descend(last - 1, dy, residual, residual_mask)
+            found = k.dgrad_bn_act_below(grad, mask, weight, conv, feedback, walk.below(last - 1), acc)
+            del feedback
+            dx = walk.descend(last - 1, walk.through_norm(last - 1, found, inplace=True), residual, residual_mask)
 
     if has_projection and chain.units[projection].covariance:
         if needs.x:
-            walk.dgrad_through_product(projection, operands.get(projection), grad, mask, dx)
+            k.dgrad_bn_act(grad, mask, *walk.product(projection, operands.get(projection), grad), dx)
     elif has_projection and (needs.x or walk.any_parameter_wanted(projection)):
-        dy, _ = walk.through_norm(projection, grad, mask, relu, want_activation=False, inplace=False)
+        dy = walk.through_output(projection, grad, mask)
         if walk.wanted(projection):
             walk.wgrad(projection, dy, x)
         if needs.x:
             assert dx is not None
-            dx.add_(walk.dgrad(projection, dy, x))
+            dx.add_(k.dgrad(dy, x, walk.filter(projection), walk.conv(projection)))
 
     dresidual: Tensor | None = None
     if chain.shortcut == Shortcut.TENSOR and needs.residual:

@@ -8,9 +8,8 @@ import pytest
 import torch
 from poison import guarded
 
-from resnet_fused.backends.aten import AtenKernels
-from resnet_fused.backends.kernels import Conv, Pending
-from resnet_fused.backends.triton.operands import PendingGrad
+from resnet_fused.backends.aten import AtenKernels, pack_mask
+from resnet_fused.backends.kernels import Conv, Pending, PendingGrad
 
 ATEN = AtenKernels()
 NAN = float("nan")
@@ -77,7 +76,8 @@ def formed_grad(dy):
         return dy
     mean, a, b, c = (v.view(1, -1, 1, 1) for v in (dy.mean, dy.a, dy.b, dy.c))
     centred = torch.where(b == 0, 0.0, dy.y.float() - mean)
-    return (a * dy.dz.float() + (b * centred + c)).to(dy.dz.dtype)
+    dz = dy.dz if dy.mask is None else ATEN.mask_grad(dy.dz, dy.mask)
+    return (a * dz.float() + (b * centred + c)).to(dz.dtype)
 
 
 def operand(kind, dtype, channels, **kwargs):
@@ -116,15 +116,17 @@ def assert_sums(ours, gold_terms):
     assert ((ours - gold).abs() <= 1e-6 * size + 4e-7 * gold.abs()).all()
 
 
-def pending_grad(dtype, channels):
+def pending_grad(dtype, channels, masked):
     """The first channels are frozen: nothing of their y may enter."""
     b = torch.randn(channels) * 0.2
     b[:2] = 0
     y = images(dtype, channels)
     y[:, :2] = NAN
     vectors = [torch.randn(channels) * 0.3 for _ in range(3)]
-    return PendingGrad(images(dtype, channels), y, vectors[0], vector(channels), b, vectors[2])
+    dz = images(dtype, channels)
+    mask = pack_mask(torch.randn_like(dz) > 0) if masked else None
+    return PendingGrad(dz, y, vectors[0], vector(channels), b, vectors[2], mask)
 
 
 def gradient(pending_kind, dtype, channels):
-    return pending_grad(dtype, channels) if pending_kind else images(dtype, channels)
+    return pending_grad(dtype, channels, pending_kind == "masked") if pending_kind else images(dtype, channels)

@@ -88,6 +88,10 @@ _FPROP1X1 = (
     "y2_scale:f?DUAL shift:f?NORM residual:T?RESIDUAL y:T mask:u8?MASK partials:f?STATS M:i K:i16 P:i Q:i C:i16 H:i W:i "
     "stride_h:i stride_w:i C2:i16 H2:i W2:i stride2_h:i stride2_w:i"
 )
+_FLAGGED = (
+    "x:T x_scale:f?PENDING x_shift:f?PENDING w:T flagged:u8 partials:d M:i K:i16 P:i Q:i C:i16 H:i W:i stride_h:i stride_w:i "
+    "chunks:i"
+)
 _DGRAD1X1 = (
     "dz:T mask:u8?MASK mean_dz:f?CENTRED y:T?GRAD y_mean:f?GRAD y_a:f?GRAD y_b:f?GRAD y_c:f?GRAD w:T a:T?FEEDBACK "
     "a_scale:f?FEEDBACK a_shift:f?FEEDBACK mean_a:f?CENTRED coupling:T?FEEDBACK constant:f?CONSTANT residual:T?RESIDUAL "
@@ -118,6 +122,7 @@ REGISTRY = (
         "fprop1x1", "gemm", "fprop_kernel", _FPROP1X1,
         ("PENDING X_RELU NORM RESIDUAL MASK RELU", "PENDING X_RELU NORM DUAL STRIDED2 MASK RELU", "PENDING X_RELU STATS", ""),
     ),
+    Kernel("fprop1x1", "flagged", "flagged_moments_kernel", _FLAGGED, ("FLAGGED PENDING X_RELU",)),
     Kernel(
         "dgrad1x1", "gemm", "dgrad_kernel", _DGRAD1X1,
         ("MASK FEEDBACK A_RELU BELOW BELOW_RELU", "GRAD BELOW BELOW_RELU", "GRAD RESIDUAL", ""),

@@ -31,9 +31,8 @@ from poison import guarded, poison_allocations
 from triton import language as tl
 
 from resnet_fused.backends.aten import pack_mask, rows, unpack_mask
-from resnet_fused.backends.kernels import Conv, Pending, Product, filter_matrix
+from resnet_fused.backends.kernels import Below, Conv, Pending, Product, filter_matrix
 from resnet_fused.backends.triton import cross, cross_products, gemm, launching, products
-from resnet_fused.backends.triton.operands import Below
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +46,7 @@ def splits(monkeypatch):
     monkeypatch.setattr(launching, "multiprocessors", lambda device: 32)
 
 
-@flags("pending_kind, kind, conv", [False, True], ["plain", "relu", "affine"], [Conv(), STRIDE])
+@flags("pending_kind, kind, conv", ["", "open", "masked"], ["plain", "relu", "affine"], [Conv(), STRIDE])
 def test_wgrad(dtype, widths, pending_kind, kind, conv, splits):
     c, k = widths
     dy = gradient(pending_kind, dtype, k)

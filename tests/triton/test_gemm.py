@@ -31,9 +31,8 @@ from torch.nn import functional as F
 from triton import language as tl
 
 from resnet_fused.backends.aten import pack_mask, rows
-from resnet_fused.backends.kernels import Conv, Feedback, Product, filter_matrix
+from resnet_fused.backends.kernels import Below, Conv, Feedback, Product, filter_matrix
 from resnet_fused.backends.triton import gemm, launching, products, residual
-from resnet_fused.backends.triton.operands import Below
 from resnet_fused.backends.triton.tuning import Config
 from resnet_fused.statistics import coupling_shift
 
@@ -190,7 +189,9 @@ def check_dgrad(dtype, widths, pending_kind, shortcut, below_kind, config=None, 
         assert_sums_of(below, dx, sums)
 
 
-@flags("shortcut, below_kind, pending_kind", ["", "everywhere", "masked"], ["", "relu", "affine"], [False, True])
+@flags(
+    "shortcut, below_kind, pending_kind", ["", "everywhere", "masked"], ["", "relu", "affine"], ["", "open", "masked"]
+)
 def test_dgrad(dtype, widths, pending_kind, shortcut, below_kind):
     check_dgrad(dtype, widths, pending_kind, shortcut, below_kind)
 

@@ -16,12 +16,11 @@ import triton
 from torch import Tensor
 from triton import language as tl
 
-from ..kernels import Conv, Operand
+from ..kernels import Below, Conv, Gradient, Operand, PendingGrad
 from .gemm import load_gradient, load_operand
 from .language import load_vector, passes, tile_moments
 from .launching import empty, front, gradient, operand, options, rows_of, split
 from .merging import merge_moments, merge_sums
-from .operands import Below, PendingGrad
 from .tuning import Config, choose
 
 
@@ -196,7 +195,7 @@ def fprop(
 
 
 def dgrad(
-    dy: Tensor | PendingGrad, weight: Tensor, below: Below | None = None, config: Config | None = None
+    dy: Gradient, weight: Tensor, below: Below | None = None, config: Config | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The gradient at the convolution's input; with ``below``, behind the batch norm and ReLU in front of it.
 
@@ -217,7 +216,7 @@ def dgrad(
     return dx, sum_dz, sum_dz_centred
 
 
-def wgrad(dy: Tensor | PendingGrad, a: Operand, config: Config | None = None) -> Tensor:
+def wgrad(dy: Gradient, a: Operand, config: Config | None = None) -> Tensor:
     """The gradient at the filter.
 
     Args:
@@ -228,7 +227,7 @@ def wgrad(dy: Tensor | PendingGrad, a: Operand, config: Config | None = None) ->
     Traffic: reads dy and a (each again for every tap and every tile of the other's channels, from L2), writes a partial
         gradient per split and reads them.
     """
-    dz, *pending = gradient(dy)
+    dz, *pending = _unmasked(dy)
     x, scale, shift, relu = operand(a)
     (_, c, h, w), k, m = x.shape, dz.shape[1], rows_of(x.shape)
     if config is None:
@@ -243,6 +242,14 @@ def wgrad(dy: Tensor | PendingGrad, a: Operand, config: Config | None = None) ->
     return partials.sum(0).view(k, 3, 3, c).permute(0, 3, 1, 2)
 
 
+def _unmasked(dy: Gradient) -> tuple[Tensor | None, ...]:
+    """dz, y, mean, a, b, c."""
+    dz, mask, *pending = gradient(dy)
+    if mask is not None:
+        raise ValueError("dy: expected a gradient without a mask: these kernels read none")
+    return dz, *pending
+
+
 def _convolve(
     kernel: str,
     a: Operand | PendingGrad,
@@ -255,7 +262,7 @@ def _convolve(
     """Launches ``conv3x3_kernel``: its output, its partials and the rows of a tile."""
     pending: Sequence[Tensor | None] = (None,) * 5
     if isinstance(a, PendingGrad):
-        (x, *pending), scale, shift, relu = gradient(a), None, None, False
+        (x, *pending), scale, shift, relu = _unmasked(a), None, None, False
     else:
         x, scale, shift, relu = operand(a)
     (n, c, h, w), k, m = x.shape, weight.shape[1 if backward else 0], rows_of(x.shape)

@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from ...statistics import merge_products
-from ..kernels import Conv, Operand
+from ..kernels import Conv, Gradient, Operand, PendingGrad
 from . import cross
 from .launching import (
     gradient,
@@ -23,12 +23,11 @@ from .launching import (
     strided,
     vector,
 )
-from .operands import PendingGrad
 from .tuning import Config, choose
 
 
 def _wgrad(
-    dy: Tensor | PendingGrad,
+    dy: Gradient,
     mask: Tensor | None,
     a: Operand,
     centre: Tensor | None,
@@ -37,7 +36,8 @@ def _wgrad(
     config: Config | None,
 ) -> tuple[Tensor, Tensor | None]:
     """``dYᵀ(A − centre)`` ``[K, C]`` and on demand ``Σ dY`` ``[K]``, both in float64."""
-    dz, *pending = gradient(dy)
+    dz, pending_mask, *pending = gradient(dy)
+    mask = pending_mask if mask is None else mask
     x, x_scale, x_shift, x_relu = operand(a)
     k, c = dz.shape[1], x.shape[1]
     if output_shape(x, k, conv) != tuple(dz.shape) or x.dtype != dz.dtype:
@@ -83,7 +83,7 @@ def _wgrad(
     return partials.sum(0, dtype=torch.float64), None if sums is None else sums.sum(0)
 
 
-def wgrad(dy: Tensor | PendingGrad, a: Operand, conv: Conv, config: Config | None = None) -> Tensor:
+def wgrad(dy: Gradient, a: Operand, conv: Conv, config: Config | None = None) -> Tensor:
     """``dYᵀA`` ``[K, C]`` in float32.
 
     Numerics: products of a chunk of rows are summed in float32, chunks in twice that, splits of the rows in float64 in a fixed

@@ -16,8 +16,20 @@ import torch
 from torch import Tensor
 
 from ..aten import AtenKernels
-from ..kernels import Conv, Feedback, Operand, Pending, Product, is_pointwise
+from ..kernels import (
+    Below,
+    Conv,
+    Feedback,
+    Gradient,
+    NormGrad,
+    Operand,
+    Pending,
+    PendingGrad,
+    Product,
+    is_pointwise,
+)
 from . import bn, conv3x3, pool, tuning
+from . import flagged as flags
 from . import products as pointwise
 from . import residual as residuals
 from .operands import source
@@ -69,6 +81,12 @@ class TritonKernels(AtenKernels):
         """For kernels that cannot apply an activation while loading."""
         return self.bn_act(a.y, a.scale, a.shift, None, a.relu, False)[0] if isinstance(a, Pending) else a
 
+    def _formed(self, dy: Gradient) -> Tensor:
+        """The same of gradients."""
+        if not isinstance(dy, PendingGrad):
+            return dy
+        return self.bn_act_backward(dy.dz, dy.y, dy.mask, dy.mean, dy.mean, dy.mean, False, (dy.a, dy.b, dy.c))
+
     def _is_own_conv3x3(self, x: Tensor, weight: Tensor, conv: Conv) -> bool:
         return self.own_conv3x3 and takes(x) and conv3x3.supports(x, weight, conv)
 
@@ -89,28 +107,73 @@ class TritonKernels(AtenKernels):
             found = conv3x3.fprop(x, weight, stats=True)
         return found or super().fprop_stats(x, weight, conv)
 
+    def _dgrad(
+        self,
+        dy: Gradient,
+        like: Tensor,
+        weight: Tensor,
+        conv: Conv,
+        residual: Tensor | None = None,
+        mask: Tensor | None = None,
+        below: Below | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
+        """dx or dz, and with ``below`` its sums; None where these kernels do not do it."""
+        if takes(source(dy)) and takes(like) and is_pointwise(weight, conv) and conv.stride == (1, 1):
+            return pointwise.dgrad(dy, weight, conv, like.shape, residual, mask, below)
+        if takes(source(dy)) and self._is_own_conv3x3(like, weight, conv) and residual is None:
+            return conv3x3.dgrad(dy, weight, below)
+        return None
+
     def dgrad(
         self,
-        dy: Tensor,
+        dy: Gradient,
         x: Tensor,
         weight: Tensor,
         conv: Conv,
         residual: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        if takes(dy) and is_pointwise(weight, conv) and conv.stride == (1, 1):
-            return pointwise.dgrad(dy, weight, conv, x.shape, residual, mask)[0]
-        if residual is None and takes(dy) and self._is_own_conv3x3(x, weight, conv):
-            return conv3x3.dgrad(dy, weight)[0]
-        return super().dgrad(dy, x, weight, conv, residual, mask)
+        found = self._dgrad(dy, x, weight, conv, residual, mask)
+        return found[0] if found is not None else super().dgrad(self._formed(dy), x, weight, conv, residual, mask)
 
-    def wgrad(self, dy: Tensor, x: Operand, weight: Tensor, conv: Conv) -> Tensor:
-        if takes(dy) and takes(source(x)) and is_pointwise(weight, conv):
+    def dgrad_below(self, dy: Gradient, weight: Tensor, conv: Conv, below: Below, want_activation: bool) -> NormGrad:
+        found = self._dgrad(dy, below.y, weight, conv, below=below)
+        if found is None:
+            return super().dgrad_below(dy, weight, conv, below, want_activation)
+        activation = Pending(below.y, below.scale, below.shift, below.relu) if want_activation else None
+        return NormGrad(found[0], None, False, *found[1:], activation)
+
+    def wgrad(self, dy: Gradient, x: Operand, weight: Tensor, conv: Conv) -> Tensor:
+        if takes(source(dy)) and takes(source(x)) and is_pointwise(weight, conv):
             return pointwise.wgrad(dy, x, conv)[:, :, None, None]
-        like = weight if weight.dtype == dy.dtype else torch.empty_like(weight, dtype=dy.dtype)
-        if takes(dy) and self._is_own_conv3x3(source(x), like, conv):
+        like = weight if weight.dtype == source(dy).dtype else torch.empty_like(weight, dtype=source(dy).dtype)
+        if takes(source(dy)) and self._is_own_conv3x3(source(x), like, conv):
             return conv3x3.wgrad(dy, x)
-        return super().wgrad(dy, self._applied(x), weight, conv)
+        return super().wgrad(self._formed(dy), self._applied(x), weight, conv)
+
+    def gradient(
+        self,
+        found: NormGrad,
+        below: Below,
+        coefficients: tuple[Tensor, Tensor, Tensor],
+        weight: Tensor | None,
+        conv: Conv | None,
+        inplace: bool,
+    ) -> Gradient:
+        if self._read_pending(found, below, weight, conv):
+            return PendingGrad(found.grad, below.y, below.mean, *coefficients, found.mask)
+        return super().gradient(found, below, coefficients, weight, conv, inplace)
+
+    def _read_pending(self, found: NormGrad, below: Below, weight: Tensor | None, conv: Conv | None) -> bool:
+        """Whether both backward products of the convolution form what reaches its raw output: it passes no ReLU but by mask."""
+        if weight is None or conv is None or not (takes(found.grad) and takes(below.y)):
+            return False
+        if found.mask is None and found.relu:
+            return False
+        if is_pointwise(weight, conv):
+            return conv.stride == (1, 1)
+        backwards = weight.transpose(0, 1)  # from the output's channels to the input's
+        return self.own_conv3x3 and found.mask is None and conv3x3.supports(below.y, backwards, conv)
 
     # The covariance plan
 
@@ -127,9 +190,8 @@ class TritonKernels(AtenKernels):
     def recompute_statistics(
         self, a: Operand, weight: Tensor, conv: Conv, flagged: Tensor, mean: Tensor, var: Tensor
     ) -> tuple[Tensor, Tensor]:
-        if not bool(flagged.any()):
-            return mean, var
-        return super().recompute_statistics(self._applied(a), weight, conv, flagged, mean, var)
+        recompute = flags.recompute_statistics if takes(source(a)) else super().recompute_statistics
+        return recompute(a, weight, conv, flagged, mean, var)
 
     def fprop_bn_act(
         self, products: Sequence[Product], shift: Tensor, residual: Tensor | None, relu: bool, save_mask: bool
@@ -150,6 +212,21 @@ class TritonKernels(AtenKernels):
         if takes(grad):
             return pointwise.dgrad_bn_act(grad, mask, weight, conv, feedback, acc)[0]
         return super().dgrad_bn_act(grad, mask, weight, conv, feedback, acc)
+
+    def dgrad_bn_act_below(
+        self,
+        grad: Tensor,
+        mask: Tensor | None,
+        weight: Tensor,
+        conv: Conv,
+        feedback: Feedback | None,
+        below: Below,
+        acc: Tensor | None = None,
+    ) -> NormGrad:
+        if acc is not None or not (takes(grad) and takes(below.y)):
+            return super().dgrad_bn_act_below(grad, mask, weight, conv, feedback, below, acc)
+        found = pointwise.dgrad_bn_act(grad, mask, weight, conv, feedback, below=below)
+        return NormGrad(found[0], None, False, *found[1:])
 
     def wgrad_bn_act(
         self, grad: Tensor, mask: Tensor | None, operands: Sequence[tuple[Operand, Tensor | None, Conv]]

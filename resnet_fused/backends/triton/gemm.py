@@ -12,7 +12,7 @@ Fewer than 2³¹ rows and filter elements; activations may have more elements.
 import triton
 from triton import language as tl
 
-from .language import affine_in_centred, load_mask, load_vector, passes, relu, store_mask, tile_moments
+from .language import affine_in_centred, load_mask, load_vector, passes, relu, store_mask, tile_moments, wide_moments
 
 
 @triton.jit
@@ -234,13 +234,10 @@ def fprop_kernel(
         tl.store(y + row * K + at, z.to(y.dtype.element_ty), mask=valid)
         if partials is not None:
             count = tl.minimum(M - block * BLOCK_M, BLOCK_M).to(tl.float32)
-            mean, square = tile_moments(z, valid_row[:, None], count)
             if partials.dtype.element_ty == tl.float64:
-                # Far from zero, what the mean was rounded by would show in the differences between tiles.
-                slip = tl.sum(tl.where(valid_row[:, None], z - mean[None, :], 0.0), 0) / count
-                slip = tl.where(tl.abs(slip) < float("inf"), slip, 0.0)  # an infinite mean stays infinite
-                square -= slip * slip * count
-                mean = mean.to(tl.float64) + slip.to(tl.float64)
+                mean, square = wide_moments(z, valid_row[:, None], count)
+            else:
+                mean, square = tile_moments(z, valid_row[:, None], count)
             tl.store(partials + 2 * block * K + out, mean, mask=out < K)
             tl.store(partials + (2 * block + 1) * K + out, square, mask=out < K)
 

@@ -53,6 +53,16 @@ def tile_moments(x, valid, count):
 
 
 @triton.jit
+def wide_moments(x, valid, count):
+    """``tile_moments`` of float32 with a mean in float64: far from zero, what the mean was rounded by would show in the
+    differences between tiles."""
+    mean, square = tile_moments(x, valid, count)
+    slip = tl.sum(tl.where(valid, x - mean[None, :], 0.0), 0) / count
+    slip = tl.where(tl.abs(slip) < float("inf"), slip, 0.0)  # an infinite mean stays infinite
+    return mean.to(tl.float64) + slip.to(tl.float64), square - slip * slip * count
+
+
+@triton.jit
 def load_vector(vector, columns, width):
     """Per-channel values of a tile's ``columns``, ``[1, BLOCK_N]``; 0 beyond ``width``."""
     return tl.load(vector + columns, mask=columns < width, other=0.0)[None, :]

@@ -8,9 +8,9 @@ import torch
 import triton
 from torch import Tensor
 
-from ..kernels import Conv, Operand, Pending
+from ..kernels import Below, Conv, Gradient, Operand, Pending, PendingGrad
 from .cost import describe
-from .operands import Below, PendingGrad, check_dense
+from .operands import check_dense
 from .tuning import Config
 
 _PROGRAMS_PER_SM = 2
@@ -94,12 +94,12 @@ def options(config: Config) -> dict[str, int]:
     return {"num_warps": config.warps, "num_stages": config.stages}
 
 
-def gradient(dy: Tensor | PendingGrad) -> tuple[Tensor | None, ...]:
-    """dz, y, mean, a, b, c: the last five None for a gradient that is at hand."""
+def gradient(dy: Gradient) -> tuple[Tensor | None, ...]:
+    """dz, mask, y, mean, a, b, c: all but the first None for a gradient that is at hand."""
     if not isinstance(dy, PendingGrad):
-        return check_dense(dy), *(None,) * 5
+        return check_dense(dy), *(None,) * 6
     y = check("y", dy.y, dy.dz, dy.dz.shape)
-    return check_dense(dy.dz), y, *map(vector, (dy.mean, dy.a, dy.b, dy.c))
+    return check_dense(dy.dz), dy.mask, y, *map(vector, (dy.mean, dy.a, dy.b, dy.c))
 
 
 def front(below: Below | None, like: Tensor, shape: Sequence[int]) -> tuple[Tensor | None, ...]:

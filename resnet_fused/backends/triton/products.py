@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 from ...statistics import coupling_shift
-from ..kernels import Conv, Feedback, Operand, Product, filter_matrix
+from ..kernels import Below, Conv, Feedback, Gradient, Operand, PendingGrad, Product, filter_matrix
 from . import gemm
 from .cross_products import gram, wgrad, wgrad_bn_act
 from .launching import (
@@ -35,7 +35,6 @@ from .launching import (
     vector,
 )
 from .merging import merge_moments, merge_sums
-from .operands import Below, PendingGrad
 from .residual import new_mask, no_mask, pack_mask
 from .tuning import Config, choose
 
@@ -153,7 +152,7 @@ def fprop_bn_act(
 
 
 def _dgrad(
-    dy: Tensor | PendingGrad,
+    dy: Gradient,
     mask: Tensor | None,
     weight: Tensor,
     conv: Conv,
@@ -166,7 +165,8 @@ def _dgrad(
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Into ``dx``; weight ``[K, C]``."""
-    dz, *pending = gradient(dy)
+    dz, pending_mask, *pending = gradient(dy)
+    mask = pending_mask if mask is None else mask
     k, c = weight.shape
     shape, rows = dz.shape, rows_of(dz.shape)
     check("dx", dx, dz, dx.shape)
@@ -233,7 +233,7 @@ def _dgrad(
 
 
 def dgrad(
-    dy: Tensor | PendingGrad,
+    dy: Gradient,
     weight: Tensor,
     conv: Conv,
     like_shape: Sequence[int],
