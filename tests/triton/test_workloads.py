@@ -70,6 +70,7 @@ def asked_by_a_real_step(network: nn.Module, dtype: torch.dtype, training: bool)
     ],
 )
 def test_workloads_are_what_a_step_launches(monkeypatch, name, dtype, training, own_conv3x3):
+    monkeypatch.setattr(TritonKernels, "recompute_statistics", lambda self, *arguments: arguments[-2:])
     monkeypatch.setitem(backends._KERNELS, "triton", TritonKernels(own_conv3x3))
     network = NETWORKS[name]()
     found: dict[tuple, int] = {}

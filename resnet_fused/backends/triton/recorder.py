@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from triton.runtime.jit import KernelInterface
 
-from ..kernels import Conv, Kernels, Operand
+from ..kernels import Conv, Kernels, NormGrad, Operand
 from . import cost, tuning
 from .dispatch import TritonKernels
 
@@ -53,7 +53,7 @@ class Workload:
         method: of ``TritonKernels``.
         description: of the arguments; with it two workloads are the same or not.
         arguments: of the method, by name; tensors are on the meta device.
-        result: what the method returns, or the tensor that it writes over.
+        result: what the method writes.
     """
 
     kernel: str
@@ -106,7 +106,7 @@ class Recorder(TritonKernels):
     def recompute_statistics(
         self, a: Operand, weight: Tensor, conv: Conv, flagged: Tensor, mean: Tensor, var: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Without values no channel is flagged, and what runs for a flagged one is PyTorch's."""
+        """No workload: it has nothing to do but for flagged channels, and which are is told by values."""
         return mean, var
 
     def wgrad_bn_act(
@@ -131,6 +131,8 @@ def _recorded(name: str) -> Callable[..., Any]:
         bound.apply_defaults()
         arguments = dict(list(bound.arguments.items())[1:])
         written = args[0] if result is None else result
+        if isinstance(result, NormGrad):  # its activation is only pending
+            written = result.grad, result.sum_dz, result.sum_dz_centred
         for kernel, shape, dtype in asked:
             description = f"{sorted(shape.items())} {_describe(arguments)}"
             workload = Workload(kernel, dtype, name, description, dict(shape), arguments, written)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..aten import AtenKernels, pack_mask
-from ..kernels import Feedback, Pending, Product
+from ..kernels import Below, Feedback, NormGrad, Pending, PendingGrad, Product
 from . import cost, tuning
 from .cost import Config
 from .dispatch import TritonKernels
@@ -75,11 +75,20 @@ def _formed(value: Any) -> Any:
     """``value`` with what is pending formed, as stock PyTorch has to."""
     if isinstance(value, Pending):
         return _ATEN.bn_act(value.y, value.scale, value.shift, None, value.relu, False)[0]
+    if isinstance(value, PendingGrad):
+        coefficients = value.a, value.b, value.c
+        return _ATEN.bn_act_backward(value.dz, value.y, value.mask, *(value.mean,) * 3, False, coefficients)
     if isinstance(value, (tuple, list)):
         return type(value)(map(_formed, value))
     if isinstance(value, (Product, Feedback)):
         return type(value)(**{name: _formed(field) for name, field in vars(value).items()})
     return value
+
+
+def _passed(found: NormGrad, below: Below) -> tuple[Tensor, ...]:
+    """dz and its sums. Whether a ReLU has stopped part of ``found.grad`` yet, or will, differs between backends."""
+    dz = _ATEN._dz(found.grad, below.y, found.mask, below.scale, below.shift, found.relu)[0]
+    return dz.to(found.grad.dtype), found.sum_dz, found.sum_dz_centred
 
 
 def _double(_: str, t: Tensor) -> Tensor:
@@ -151,6 +160,8 @@ class Trial:
         """The results, or what the method wrote over; empty tensors stand for what nobody asked."""
         arguments = map_tensors(_copy, arguments)
         result = self._call(kernels, arguments, config)
+        if isinstance(result, NormGrad):
+            result = _passed(result, arguments["below"])
         return [t for _, t in tensors_in(next(iter(arguments.values())) if result is None else result) if t.numel()]
 
     def _gold_and_stock(self) -> list[tuple[Tensor, Tensor]]:
