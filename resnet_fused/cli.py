@@ -87,6 +87,9 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--mode", choices=("train", "infer"), default="train")
     tune.add_argument("--table", metavar="JSON", help="entries are added; default: the user's table, which is in use")
     tune.add_argument("--kernel", nargs="+", metavar="NAME", help="only these, such as fprop1x1 gram; default: all")
+    tune.add_argument(
+        "--configs", type=positive, metavar="N", help="try the N that the cost model finds fastest; default: all"
+    )
     return parser
 
 
@@ -144,6 +147,7 @@ def _run(arguments: argparse.Namespace) -> int:
             mode=arguments.mode,
             table=arguments.table,
             kernels=arguments.kernel,
+            most=arguments.configs,
         )
     from . import predict
 

@@ -78,15 +78,19 @@ def tune_group(
     clock: Clock,
     path: Path | None,
     report: Callable[[str], None],
+    most: int | None = None,
 ) -> Entry:
     """Measure one entry of the table and write it: the mean time of a launch, over all members.
+
+    ``most`` configurations are tried, those first that the cost model finds fastest; None: all.
 
     Raises:
         tuning.NothingWorks: no configuration is right, or none runs.
     """
-    from .backends.triton import tuning
+    from .backends.triton import cost, tuning
     from .backends.triton.trial import Trial
 
+    question = group.first.kernel, group.first.shape, group.first.dtype, gpu
     trials = {workload: Trial(workload, device) for workload in group.members}
 
     def microseconds(trial: Trial, config: Config) -> float:
@@ -94,12 +98,10 @@ def tune_group(
         return statistics.median(sample() for _ in range(SAMPLES))
 
     return tuning.tune(
-        group.first.kernel,
-        group.first.shape,
-        group.first.dtype,
-        gpu,
+        *question,
         run=lambda config: group.mean(lambda workload: microseconds(trials[workload], config)),
         check=lambda config: all(trial.accuracy(config).is_right for trial in trials.values()),
+        configs=cost.ranked(*question)[:most],
         path=path,
         report=report,
     )
@@ -141,7 +143,12 @@ def _counts(
 
 
 def tune_all(
-    todo: Sequence[Group], gpu: cost.Device, device: torch.device, clock: Clock, path: Path | None
+    todo: Sequence[Group],
+    gpu: cost.Device,
+    device: torch.device,
+    clock: Clock,
+    path: Path | None,
+    most: int | None = None,
 ) -> tuple[list[list[str]], list[str]]:
     """Measure every group. What is done stays in the table when this is interrupted, and is printed.
 
@@ -158,7 +165,7 @@ def tune_all(
             for group in todo:
                 progress.update(task, description=f"{group.first.kernel} {describe_shape(group.first)}")
                 try:
-                    rows.append(_row(group, tune_group(group, gpu, device, clock, path, left_out.append), gpu))
+                    rows.append(_row(group, tune_group(group, gpu, device, clock, path, left_out.append, most), gpu))
                 except tuning.NothingWorks as error:
                     left_out.append(str(error))
                 progress.advance(task)
@@ -178,6 +185,7 @@ def run(
     mode: str = "train",
     table: str | None = None,
     kernels: Sequence[str] | None = None,
+    most: int | None = None,
 ) -> int:
     """Measure what the networks launch, and update the table; 1 when an entry found no configuration."""
     device = gpu_to_measure()
@@ -197,7 +205,7 @@ def run(
     todo = groups(counts, gpu, kernels)
     if not todo:
         raise UsageError(f"--kernel: these networks launch no {' and no '.join(kernels or ())}")
-    rows, left_out = tune_all(todo, gpu, device, Clock(device), path)
+    rows, left_out = tune_all(todo, gpu, device, Clock(device), path, most)
     for line in left_out:
         warn(line)
     print(f"{len(rows)} entries written to {path}")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+import importlib.util
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +12,7 @@ import pytest
 import torch
 from test_workloads import NETWORKS
 
-from resnet_fused import cli, models, tune
+from resnet_fused import bench, cli, models, networks, tune
 from resnet_fused.backends.triton import cost, trial, tuning
 from resnet_fused.workloads import workloads
 
@@ -72,6 +75,11 @@ def test_what_was_measured_is_what_is_launched(machine: Path, monkeypatch: pytes
         _, second = cost.ranked(workload.kernel, workload.shape, BF16, H200)
         assert tuning.choose(workload.kernel, workload.shape, BF16, torch.device("cuda", 0)) == second
     tuning.reload()
+
+
+def test_only_what_the_cost_model_finds_fastest(machine: Path, monkeypatch: pytest.MonkeyPatch):
+    assert cli.main([*SMALL, "--mode", "infer", "--kernel", "bn_act", "--configs", "1"]) == 0
+    assert {entry.config.warps for entry in tuning.read(machine).values()} == {4}
 
 
 def test_kernels_and_table_by_name(machine: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -149,3 +157,70 @@ def test_workloads_of_one_entry_are_measured_together():
         "bn_relu_maxpool_backward",
     ]
     assert residuals.mean(lambda w: 1.0 if "reduce" in w.method else 4.0) == 2.5
+
+
+# The same with the benchmark of single launches
+
+
+@pytest.fixture
+def bench_triton(monkeypatch: pytest.MonkeyPatch):
+    """The script, with stand-ins for PyTorch's batch norm calls that only a GPU has."""
+
+    def reduce(dz, x, mean, rstd, weight, *_):
+        sums = dz.sum((0, 2, 3)), (dz * (x - mean.view(1, -1, 1, 1))).sum((0, 2, 3))
+        return *sums, sums[1] * rstd, sums[0]
+
+    def elemt(dz, x, mean, rstd, weight, sum_dz, sum_dz_centred, count):
+        shares = (v.view(1, -1, 1, 1) for v in (mean, rstd, weight, sum_dz / count, sum_dz_centred / count))
+        mean, rstd, weight, one, two = shares
+        return ((dz - one - (x - mean) * rstd**2 * two) * weight * rstd).to(x.dtype)
+
+    monkeypatch.setattr(torch, "batch_norm_stats", lambda y, eps: torch.var_mean(y.float(), (0, 2, 3))[::-1])
+    monkeypatch.setattr(torch, "batch_norm_backward_reduce", reduce)
+    monkeypatch.setattr(torch, "batch_norm_backward_elemt", elemt)
+    path = Path(__file__).parents[2] / "benchmarks" / "bench_triton.py"
+    spec = importlib.util.spec_from_file_location("bench_triton", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_measured_rows(machine: Path, bench_triton, tmp_path: Path, capsys, monkeypatch):
+    counts = list(workloads(NETWORKS["bottleneck"](), 2, 32, BF16, True))[:12]
+    rows = tmp_path / "rows.csv"
+    assert bench_triton.run_measured(counts, "train", 2, str(rows)) == 0
+    made = list(csv.DictReader(rows.open()))
+    assert tuple(made[0]) == bench.COLUMNS
+    assert [row["provider"] for row in made] == ["triton", "stock"] * len(counts)
+    assert all(float(row[name]) > 0 for row in made for name in ("p50_ms", "fraction_of_roofline"))
+    assert "Triton kernels on H200" in capsys.readouterr().out
+    right = trial.Trial._answers
+
+    def answers(self, kernels, *arguments):
+        found = right(self, kernels, *arguments)
+        if kernels is self._kernels and self.workload == counts[0]:
+            found[0][(-1,) * found[0].dim()] += 1
+        return found
+
+    monkeypatch.setattr(trial.Trial, "_answers", answers)
+    rows.unlink()
+    assert bench_triton.run_measured(counts[:2], "train", 2, str(rows)) == 1
+    assert "WRONG ANSWER" in capsys.readouterr().err
+    assert len(list(csv.DictReader(rows.open()))) == 2
+
+
+def test_stock_does_the_same_work(bench_triton):
+    """Up to rounding, and to a ReLU's mask and sums of other moments, which cost the same."""
+    exact = ("fprop", "dgrad", "wgrad", "bn_act", "bn_act_", "fprop_bn_act", "bn_relu_maxpool")
+    seen = set()
+    for make, training in itertools.product(NETWORKS.values(), (True, False)):
+        for workload in workloads(make(), 2, 32, torch.float32, training):
+            if workload.method not in bench_triton.STOCK or workload.method in seen:
+                continue
+            one = trial.Trial(workload, CPU)
+            found = bench_triton.STOCK[workload.method](*one.arguments.values())
+            if workload.method in exact and not workload.arguments.get("residual_mask"):
+                gold = one._gold_and_stock()[0][0]
+                assert networks.relative_error(found, gold) < 1e-5, (workload.method, workload.shape)
+            seen.add(workload.method)
+    assert seen >= {*exact, "fprop_stats", "bn_stats", "bn_act_backward_reduce"}
