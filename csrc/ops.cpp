@@ -45,16 +45,17 @@ STABLE_TORCH_LIBRARY(resnet_fused, m) {
   //
   // act(scale ((x where mask) - centre) weightᵀ + scale2 (x2 - centre2) weight2ᵀ + shift + (residual where residual_mask)),
   // rounded once, and its mask (empty unless asked for). mask: with stride 1 only. centre [n_in]: not for 16-bit
-  // activations, which could not hold the difference.
+  // activations, which could not hold the difference. weight2_low, without scales: what weight2 was rounded by.
   m.def(
       "pointwise(Tensor x, Tensor? mask, Tensor weight, int[2] stride, Tensor? scale, Tensor? x2, Tensor? weight2,"
       " int[2] stride2, Tensor? scale2, Tensor? shift, Tensor? residual, Tensor? residual_mask, bool relu,"
-      " bool save_mask, Tensor? centre=None, Tensor? centre2=None) -> (Tensor out, Tensor mask)");
+      " bool save_mask, Tensor? centre=None, Tensor? centre2=None, Tensor? weight2_low=None)"
+      " -> (Tensor out, Tensor mask)");
   // acc[:, :, ::sh, ::sw] += ((x where mask) - centre) weightᵀ + (x2[:, :, ::sh, ::sw] - centre2) weight2ᵀ + shift,
   // rounded once.
   m.def(
       "pointwise_add_(Tensor(a!) acc, Tensor x, Tensor? mask, Tensor weight, Tensor? x2, Tensor? weight2,"
-      " int[2] stride, Tensor? shift, Tensor? centre=None, Tensor? centre2=None) -> ()");
+      " int[2] stride, Tensor? shift, Tensor? centre=None, Tensor? centre2=None, Tensor? weight2_low=None) -> ()");
   // Σ_m (dy where mask)[m, k] (x[m, c] - centre[c]) in float64 (float32 for 16-bit activations), and Σ_m of the former.
   m.def(
       "pointwise_wgrad(Tensor dy, Tensor? mask, Tensor x, Tensor? centre, int[2] stride)"

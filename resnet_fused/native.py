@@ -151,6 +151,7 @@ def _pointwise(
     save_mask: bool,
     centre: Tensor | None = None,
     centre2: Tensor | None = None,
+    weight2_low: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     n, h, w = _strided(x, stride)
     shape = (n, weight.shape[0], h, w)

@@ -93,11 +93,17 @@ def coupling(weight: Tensor, b: Tensor) -> Tensor:
     return (weight * b[:, None]).t() @ weight
 
 
+def two_parts(t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """``t`` in ``dtype``, and for half precision what that was rounded by, in ``dtype`` too: together twice the digits."""
+    high = t.to(dtype)
+    return high, (t - high.to(t.dtype)).to(dtype) if dtype.itemsize == 2 else None
+
+
 def coupling_shift(weight: Tensor, mean_dz: Tensor, coupling: Tensor, mean_a: Tensor) -> Tensor:
     """The constant of ``dA = dz·(aW) + A·G + const``: ``−mean_dzᵀ(aW) − āᵀG``, so that the rows of ``dA`` sum to zero.
 
     Args:
-        weight (Tensor[K, C]), coupling (Tensor[C, C]): ``aW`` and ``G`` *as rounded* for the two products: the constant must
+        weight (Tensor[K, C]), coupling (Tensor[C, C]): ``aW`` and ``G`` *as rounded* for the products: the constant must
             cancel the mean of what is really summed.
         mean_dz (Tensor[K]), mean_a (Tensor[C]): over the M rows.
     """

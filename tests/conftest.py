@@ -12,7 +12,7 @@ import torch
 # Triton decides when it is imported, and when a kernel is defined, whether that will be interpreted on the processor.
 if importlib.util.find_spec("triton") and not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-    import triton  # noqa: F401
+    import triton.experimental.gluon  # noqa: F401  (imported at the first launch otherwise, where the mode must be the same)
 
     import resnet_fused
 

@@ -98,6 +98,7 @@ def check_pointwise(
     dual=None,
     stride2=NONE,
     scale2=False,
+    low=False,
     shift=False,
     residual=False,
     residual_mask=False,
@@ -111,26 +112,29 @@ def check_pointwise(
     weight = numbers.weight(n_out, n_in, transposed)
     bits = numbers.mask(x) if mask else None
     vector = [numbers.vector(n_out) if wanted else None for wanted in (scale, scale2, shift)]
-    x2 = weight2 = None
+    x2 = weight2 = weight2_low = None
     if dual:
         x2 = numbers.activation(n, dual, (p - 1) * stride2[0] + 1, (q - 1) * stride2[1] + 1)
         weight2 = numbers.weight(n_out, dual, not transposed)
+        weight2_low = numbers.weight(n_out, dual) if low else None
     other = numbers.activation(n, n_out, p, q) if residual else None
     other_bits = numbers.mask(other) if residual_mask else None
     arguments = (x, bits, weight, stride, vector[0], x2, weight2, stride2, vector[1], vector[2], other, other_bits)
-    out, out_bits = ops.pointwise(*arguments, relu, save_mask)
+    out, out_bits = ops.pointwise(*arguments, relu, save_mask, weight2_low=weight2_low)
 
     def formula(absolute):
         f = torch.abs if absolute else lambda t: t
         total = product(f(masked(x, bits)), f(weight), stride) * f(torch.as_tensor(column(vector[0], 1.0)))
         if dual:
             total = total + product(f(x2.double()), f(weight2), stride2) * f(torch.as_tensor(column(vector[1], 1.0)))
+        if low:
+            total = total + product(f(x2.double()), f(weight2_low), stride2)
         total = total + f(torch.as_tensor(column(vector[2], 0.0)))
         return total + f(masked(other, other_bits)) if residual else total
 
     gold = formula(False)
     assert out.is_contiguous(memory_format=torch.channels_last)
-    assert_within(out, gold.relu() if relu else gold, formula(True), n_in + (dual or 0))
+    assert_within(out, gold.relu() if relu else gold, formula(True), n_in + (1 + low) * (dual or 0))
     expected = pack_mask(~(out <= 0)) if save_mask else out_bits.new_empty(0)
     assert torch.equal(out_bits, expected)
 
@@ -141,6 +145,7 @@ OPTIONS = {
     "masked": {"mask": True, "transposed": True},
     "all": {"mask": True, "scale": True, "dual": 33, "scale2": True, "shift": True, "residual": True,
             "residual_mask": True, "relu": True, "save_mask": True},
+    "in_two_parts": {"dual": 40, "low": True, "mask": True, "shift": True},
     "dual_one_sum": {"dual": 40, "stride2": (2, 2), "shift": True, "transposed": True},
     "strided": {"stride": (2, 2), "residual": True, "save_mask": True},
     "strided_one_scale": {"stride": (2, 1), "dual": 5, "scale2": True, "relu": True},
@@ -154,7 +159,9 @@ def test_pointwise(dtype, shape, options):
     check_pointwise(Numbers(dtype), *shape, **options)
 
 
-@pytest.mark.parametrize("options", [{}, {"mask": True}, {"dual": 40}, {"mask": True, "dual": 7, "shift": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"mask": True}, {"dual": 40}, {"mask": True, "dual": 7, "low": True, "shift": True}]
+)
 @pytest.mark.parametrize("stride", [NONE, (2, 2), (2, 1)], ids=str)
 @every_shape
 @every_dtype
@@ -166,9 +173,11 @@ def test_pointwise_add(dtype, shape, stride, options):
     x = numbers.activation(n, n_in, *inside.shape[2:])
     weight = numbers.weight(n_out, n_in, transposed=True)
     mask = numbers.mask(x) if options.get("mask") else None
-    x2 = weight2 = None
+    x2 = weight2 = low = None
     if "dual" in options:
         x2, weight2 = numbers.activation(n, options["dual"], h, w), numbers.weight(n_out, options["dual"])
+    if "low" in options:
+        low = numbers.weight(n_out, options["dual"])
     shift = numbers.vector(n_out) if "shift" in options else None
     gold = acc.double()
     size = gold.abs()
@@ -177,11 +186,14 @@ def test_pointwise_add(dtype, shape, stride, options):
     if x2 is not None:
         term = term + product(x2.double(), weight2, stride)
         term_size = term_size + product(x2.double().abs(), weight2.abs(), stride)
+    if low is not None:
+        term = term + product(x2.double(), low, stride)
+        term_size = term_size + product(x2.double().abs(), low.abs(), stride)
     gold[:, :, :: stride[0], :: stride[1]] += term
     size[:, :, :: stride[0], :: stride[1]] += term_size
     before = acc.clone()
-    ops.pointwise_add_(acc, x, mask, weight, x2, weight2, stride, shift)
-    assert_within(acc, gold, size, n_in + options.get("dual", 0))
+    ops.pointwise_add_(acc, x, mask, weight, x2, weight2, stride, shift, weight2_low=low)
+    assert_within(acc, gold, size, n_in + 2 * options.get("dual", 0))
     untouched = torch.ones(acc.shape, dtype=torch.bool)
     untouched[:, :, :: stride[0], :: stride[1]] = False
     assert torch.equal(acc[untouched], before[untouched])

@@ -92,6 +92,18 @@ def test_the_constant_cancels_rounded_operands() -> None:
     assert da.sum(0).abs().max() < 1e-8
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_two_parts(dtype: torch.dtype) -> None:
+    t = torch.randn(100, 7)
+    high, low = statistics.two_parts(t, dtype)
+    assert torch.equal(high, t.to(dtype)) and low.dtype == dtype
+    unit = torch.finfo(dtype).eps / 2
+    assert (
+        (high.float() + low.float() - t).abs() <= unit**2 * t.abs() + torch.finfo(dtype).smallest_normal * unit
+    ).all()
+    assert statistics.two_parts(t, torch.float32)[1] is None
+
+
 def test_ill_conditioned_channels() -> None:
     a = noise(400, 1) + 1e-5 * noise(400, C)
     w = torch.rand(K, C, dtype=torch.float64) + 0.5

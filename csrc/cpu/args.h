@@ -62,6 +62,7 @@ struct Table {
 
 constexpr i64 kStrip = 32;       // output columns summed at a time; weights are padded to a multiple of it
 constexpr i64 kRowUnit = 24;     // rows: a multiple of every kernel's group, and of 8, so that no mask byte is shared
+constexpr int kTerms = 3;        // products that one pass adds
 constexpr i64 kChunkRows = 128;  // at most so many rows are summed in the accumulation type before sums are merged
 
 // Which pixel row m of a product is: m itself, or with a stride (n, p * sh, q * sw) of [N, H, W].
@@ -87,11 +88,11 @@ struct ProductArgs {
   bool fetch;         // the next row tile's x early: both fit in the cache
   bool fetch_panels;  // parts of the weight early: it does not fit
   int count;      // of products
-  bool separate;  // two sums, each with its scale; else one sum
-  Operand in[2];
-  const void* weight[2];
-  i64 stride_n[2], stride_k[2];  // of the weight, in elements
-  void* panels[2];               // the weight as the kernels read it
+  bool separate;  // two products, each with its sum and scale; else one sum
+  Operand in[kTerms];
+  const void* weight[kTerms];
+  i64 stride_n[kTerms], stride_k[kTerms];  // of the weight, in elements
+  void* panels[kTerms];                    // the weight as the kernels read it
   // acc_t, padded to whole strips.
   const void *scale[2], *shift;
   const void* residual;  // or null; rows like out

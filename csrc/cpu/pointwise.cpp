@@ -46,14 +46,14 @@ void run_products(const Activations& like, ProductArgs& args) {
   args.shift = pad(args.shift, 0.0);
 
   const Products& kernel = products(like.dtype);
-  i64 k = 0, bytes[2] = {0, 0};
+  i64 k = 0, bytes = 0, before[kTerms];
   for (int i = 0; i < args.count; ++i) {
     k += args.in[i].k;
-    bytes[i] = round_up(kernel.panel_bytes(args.n, args.in[i].k), 64);
+    before[i] = bytes;
+    bytes += round_up(kernel.panel_bytes(args.n, args.in[i].k), 64);
   }
-  const Memory panels(bytes[0] + bytes[1]);
-  args.panels[0] = panels.p;
-  args.panels[1] = static_cast<char*>(panels.p) + bytes[0];
+  const Memory panels(bytes);
+  for (int i = 0; i < args.count; ++i) args.panels[i] = static_cast<char*>(panels.p) + before[i];
   const i64 per_strip = std::max<i64>(1, kStrip * k);
   torch::stable::parallel_for(0, divide_up(args.n, kStrip), std::max<i64>(1, kGrainProducts / 8 / per_strip),
                               [&](i64 b, i64 e) { kernel.pack_weight(args, b, e, nullptr); });
@@ -61,7 +61,7 @@ void run_products(const Activations& like, ProductArgs& args) {
   const i64 fit = kTileBytes / std::max<i64>(1, k * like.element_size);
   args.tile_rows = round_up(std::clamp(fit, kLeastRows, kMostRows), kRowUnit);
   args.fetch = args.tile_rows * k * like.element_size <= kTileBytes;
-  args.fetch_panels = bytes[0] + bytes[1] > kTileBytes;
+  args.fetch_panels = bytes > kTileBytes;
   const i64 per_unit = std::max<i64>(1, kRowUnit * k * args.n);
   torch::stable::parallel_for(0, divide_up(args.m, kRowUnit), std::max<i64>(1, kGrainProducts / per_unit),
                               [&](i64 b, i64 e) {
@@ -74,7 +74,7 @@ std::tuple<Tensor, Tensor> pointwise(
     const Tensor& x, const Optional& mask, const Tensor& weight, Stride stride, const Optional& scale,
     const Optional& x2, const Optional& weight2, Stride stride2, const Optional& scale2, const Optional& shift,
     const Optional& residual, const Optional& residual_mask, bool relu, bool save_mask,
-    const Optional& centre, const Optional& centre2) {
+    const Optional& centre, const Optional& centre2, const Optional& weight2_low) {
   const char* op = "pointwise";
   const Activations t = first_of(op, "x", x);
   check_stride(op, "stride", stride);
@@ -83,6 +83,9 @@ std::tuple<Tensor, Tensor> pointwise(
   check_alone(op, "weight2", weight2, "x2", x2);
   check_alone(op, "scale2", scale2, "x2", x2);
   check_alone(op, "centre2", centre2, "x2", x2);
+  check_alone(op, "weight2_low", weight2_low, "weight2", weight2);
+  STD_TORCH_CHECK(!weight2_low.has_value() || !(scale.has_value() || scale2.has_value()), op,
+                  ": weight2_low: expected no scale beside it");
   check_alone(op, "residual_mask", residual_mask, "residual", residual);
   STD_TORCH_CHECK(weight.dim() == 2, op, ": weight: expected [n_out, n_in], got ", weight.dim(), " dimensions");
 
@@ -102,6 +105,7 @@ std::tuple<Tensor, Tensor> pointwise(
     Operand in2 = operand(*x2, stride2);
     set_centre(in2, t, "centre2", centre2);
     add_product(args, t, in2, "weight2", *weight2, args.n);
+    if (weight2_low.has_value()) add_product(args, t, in2, "weight2_low", *weight2_low, args.n);
   }
   if (scale.has_value()) args.scale[0] = vector_of(t, "scale", *scale, args.n);
   if (scale2.has_value()) args.scale[1] = vector_of(t, "scale2", *scale2, args.n);
@@ -123,13 +127,15 @@ std::tuple<Tensor, Tensor> pointwise(
 
 void pointwise_add_(
     const Tensor& acc, const Tensor& x, const Optional& mask, const Tensor& weight, const Optional& x2,
-    const Optional& weight2, Stride stride, const Optional& shift, const Optional& centre, const Optional& centre2) {
+    const Optional& weight2, Stride stride, const Optional& shift, const Optional& centre, const Optional& centre2,
+    const Optional& weight2_low) {
   const char* op = "pointwise_add_";
   const Activations t = first_of(op, "acc", acc);
   check_stride(op, "stride", stride);
   check_alone(op, "x2", x2, "weight2", weight2);
   check_alone(op, "weight2", weight2, "x2", x2);
   check_alone(op, "centre2", centre2, "x2", x2);
+  check_alone(op, "weight2_low", weight2_low, "weight2", weight2);
   ProductArgs args{};
   args.n = t.g.c;
   const i64 p = strided(t.g.h, stride[0]), q = strided(t.g.w, stride[1]);
@@ -144,6 +150,7 @@ void pointwise_add_(
     Operand in2 = operand(*x2, stride);
     set_centre(in2, t, "centre2", centre2);
     add_product(args, t, in2, "weight2", *weight2, args.n);
+    if (weight2_low.has_value()) add_product(args, t, in2, "weight2_low", *weight2_low, args.n);
   }
   if (shift.has_value()) args.shift = vector_of(t, "shift", *shift, args.n);
   args.out_rows = rows_of(t.g.h, t.g.w, stride);

@@ -43,7 +43,7 @@ def load_triton() -> Kernels | str:
     if not interpreted and torch.cuda.get_device_capability() < (8, 0):
         return "it needs an NVIDIA GPU of compute capability 8.0 or higher"
     try:
-        from .triton import TritonKernels
+        from .triton.dispatch import TritonKernels
     except ImportError as error:
         return f"Triton cannot be imported: {error}"
     # cuDNN's 3×3 until a GPU has measured ours.

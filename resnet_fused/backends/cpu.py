@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..statistics import coupling_shift
+from ..statistics import coupling_shift, two_parts
 from .aten import AtenKernels
 from .kernels import Conv, Feedback, Operand, Product, acc_dtype, filter_matrix, is_pointwise
 
@@ -82,18 +82,18 @@ class CpuKernels(AtenKernels):
         acc: Tensor | None = None,
     ) -> Tensor:
         a: Operand | None = None
-        coupling = mean_dz = mean_a = shift = None
+        coupling = low = mean_dz = mean_a = shift = None
         if feedback is not None:
-            a, coupling = feedback.a, feedback.coupling.t()
-            if acc_dtype(grad.dtype) == grad.dtype:
-                mean_dz, mean_a = feedback.mean_dz, feedback.mean_a
-            else:
-                shift = coupling_shift(weight, feedback.mean_dz, feedback.coupling, feedback.mean_a)
+            a, mean_dz, mean_a = feedback.a, feedback.mean_dz, feedback.mean_a
+            coupling, low = (g if g is None else g.t() for g in two_parts(feedback.coupling, grad.dtype))
+            if low is not None:
+                summed = coupling.t().to(mean_a.dtype) + low.t()
+                shift, mean_dz, mean_a = coupling_shift(weight, mean_dz, summed, mean_a), None, None
         if acc is None:
             second = None if a is None or coupling is None else (a, mean_a, coupling, conv, None)
-            return _pointwise(grad, mask, mean_dz, weight.t(), Conv(), second=second, shift=shift)[0]
+            return _pointwise(grad, mask, mean_dz, weight.t(), Conv(), second=second, low=low, shift=shift)[0]
         torch.ops.resnet_fused.pointwise_add_(
-            acc, grad, mask, weight.t(), a, coupling, conv.stride, shift, mean_dz, mean_a
+            acc, grad, mask, weight.t(), a, coupling, conv.stride, shift, mean_dz, mean_a, low
         )
         return acc
 
@@ -181,6 +181,7 @@ def _pointwise(
     *,
     scale: Tensor | None = None,
     second: tuple[Operand, Tensor | None, Tensor, Conv, Tensor | None] | None = None,
+    low: Tensor | None = None,
     shift: Tensor | None = None,
     residual: Tensor | None = None,
     residual_mask: Tensor | None = None,
@@ -205,4 +206,5 @@ def _pointwise(
         save_mask,
         centre,
         centre2,
+        low,
     )

@@ -100,7 +100,8 @@ class Feedback:
     Attributes:
         a: the input A, activations ``[N, C, H, W]``.
         mean_a (Tensor[C]): mean of A's rows.
-        coupling (Tensor[C, C]): ``Wᵀ diag(b) W``, in the dtype of the activations.
+        coupling (Tensor[C, C]): ``G = Wᵀ diag(b) W``, in the accumulation dtype. Half precision multiplies its two parts
+            (``statistics.two_parts``): where channels are correlated A·G cancels, and one rounding would show.
         mean_dz (Tensor[K]): mean of the rows of dz.
     """
 

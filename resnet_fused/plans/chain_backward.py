@@ -153,7 +153,7 @@ class _Backward:
             assert a is not None
             (b, sum_dz), mean_a = self.feedback[i], moments[0]
             # In the moments' dtype: where channels are correlated it cancels, and float32 would show in every pixel.
-            coupling = statistics.coupling(w.to(mean_a.dtype), b.to(mean_a.dtype)).to(grad.dtype)
+            coupling = statistics.coupling(w.to(mean_a.dtype), b.to(mean_a.dtype)).to(w.dtype)
             feedback = Feedback(a, mean_a.to(w.dtype), coupling, sum_dz / _rows(grad))
         return (norm.scale[:, None] * w).to(grad.dtype), self.conv(i), feedback
 

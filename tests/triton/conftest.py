@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Iterator
 
 import pytest
@@ -12,12 +11,6 @@ if importlib.util.find_spec("triton") is None:
     collect_ignore_glob = ["test_*.py"]  # nothing to import
 else:
     from interpreter import repair, undo
-
-    # Triton imports it at the first launch, when it must find the mode that Triton itself was imported in.
-    os.environ["TRITON_INTERPRET"] = "1"
-    import triton.experimental.gluon  # noqa: F401
-
-    del os.environ["TRITON_INTERPRET"]
 
     @pytest.fixture(autouse=True, scope="session")
     def _faithful_bfloat16() -> Iterator[None]:

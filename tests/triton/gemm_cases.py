@@ -77,7 +77,7 @@ def formed_grad(dy):
     mean, a, b, c = (v.view(1, -1, 1, 1) for v in (dy.mean, dy.a, dy.b, dy.c))
     centred = torch.where(b == 0, 0.0, dy.y.float() - mean)
     dz = dy.dz if dy.mask is None else ATEN.mask_grad(dy.dz, dy.mask)
-    return (a * dz.float() + (b * centred + c)).to(dz.dtype)
+    return ((a * dz.float() + c) + centred * b).to(dz.dtype)  # in the kernels' order: it is rounded as theirs is
 
 
 def operand(kind, dtype, channels, **kwargs):

@@ -94,9 +94,9 @@ _FLAGGED = (
 )
 _DGRAD1X1 = (
     "dz:T mask:u8?MASK mean_dz:f?CENTRED y:T?GRAD y_mean:f?GRAD y_a:f?GRAD y_b:f?GRAD y_c:f?GRAD w:T a:T?FEEDBACK "
-    "a_scale:f?FEEDBACK a_shift:f?FEEDBACK mean_a:f?CENTRED coupling:T?FEEDBACK constant:f?CONSTANT residual:T?RESIDUAL "
-    "residual_mask:u8?RESIDUAL below:T?BELOW below_mean:f?BELOW below_scale:f?BELOW below_shift:f?BELOW dx:T partials:f?BELOW "
-    "M:i K:i16 C:i16 P:i Q:i H:i W:i stride_h:i stride_w:i"
+    "a_scale:f?FEEDBACK a_shift:f?FEEDBACK mean_a:f?CENTRED coupling:T?FEEDBACK coupling_low:T?LOW constant:f?CONSTANT "
+    "residual:T?RESIDUAL residual_mask:u8?RESIDUAL below:T?BELOW below_mean:f?BELOW below_scale:f?BELOW below_shift:f?BELOW "
+    "dx:T partials:f?BELOW M:i K:i16 C:i16 P:i Q:i H:i W:i stride_h:i stride_w:i"
 )
 _WGRAD1X1 = (
     "dz:T mask:u8?MASK y:T?GRAD y_mean:f?GRAD y_a:f?GRAD y_b:f?GRAD y_c:f?GRAD a:T a_scale:f?PENDING a_shift:f?PENDING "
@@ -126,7 +126,7 @@ REGISTRY = (
     Kernel(
         "dgrad1x1", "gemm", "dgrad_kernel", _DGRAD1X1,
         ("MASK FEEDBACK A_RELU BELOW BELOW_RELU", "GRAD BELOW BELOW_RELU", "GRAD RESIDUAL", ""),
-        fixed="K_ALIGNED C_ALIGNED", float32="CENTRED", half="CONSTANT",
+        fixed="K_ALIGNED C_ALIGNED", float32="CENTRED", half="CONSTANT LOW",
     ),
     Kernel(
         "wgrad1x1", "cross", "wgrad_kernel", _WGRAD1X1, ("MASK PENDING A_RELU", "GRAD PENDING A_RELU", ""),

@@ -70,7 +70,7 @@ def check_wgrad_bn_act(dtype, widths, masked, centred, dual, kind="relu", mean=0
     triples = [(a, centre, conv) for (a, conv), centre in zip(operands, centres)]
     found, sum_dz = products.wgrad_bn_act(grad, ~mask if invert else mask, triples)
     for t, matrix, centre in zip(found, matrices, centres):
-        assert t.dtype == (torch.float64 if dtype == torch.float32 else torch.float32)
+        assert t.dtype == (torch.float32 if dtype == torch.bfloat16 else torch.float64)
         about = 0.0 if centre is None else centre
         gold = dz.double().t() @ (matrix.double() - about)
         stock = dz.float().t() @ (matrix.float() - about if dtype == torch.float32 else matrix.float())

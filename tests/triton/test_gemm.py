@@ -32,7 +32,7 @@ from triton import language as tl
 
 from resnet_fused.backends.aten import pack_mask, rows
 from resnet_fused.backends.kernels import Below, Conv, Feedback, Product, filter_matrix
-from resnet_fused.backends.triton import gemm, launching, products, residual
+from resnet_fused.backends.triton import gemm, language, launching, products, residual
 from resnet_fused.backends.triton.tuning import Config
 from resnet_fused.statistics import coupling_shift
 
@@ -207,7 +207,7 @@ def check_dgrad_bn_act(dtype, widths, masked, feedback_kind, conv, below_kind=""
     if feedback_kind:
         a = operand(feedback_kind, dtype, c, size=size)
         mean_a, mean_dz = rows(formed(a), conv.stride).double().mean(0), rows(dz).double().mean(0)
-        coupling = (torch.randn(c, c) * 0.1).to(dtype)
+        coupling = torch.randn(c, c) * 0.1
         feedback = Feedback(a, mean_a.float(), coupling, mean_dz.float())
     acc = None if conv.stride == (1, 1) else images(dtype, c, size=size)
     before = None if acc is None else acc.clone()
@@ -285,7 +285,8 @@ def test_sees_unmasked_statistics(monkeypatch, dtype):
         mean = tl.sum(x, 0) / count
         return mean, tl.sum((x - mean[None, :]) * (x - mean[None, :]), 0)
 
-    monkeypatch.setattr(gemm, "tile_moments", moments)
+    for module in (gemm, language):  # half precision, float32
+        monkeypatch.setattr(module, "tile_moments", moments)
     with pytest.raises(AssertionError):
         check_fprop(dtype, "affine", ODD, Conv(), True)
 

@@ -102,7 +102,7 @@ def wgrad_bn_act(
     """``T = dzᵀ(A − centre)`` ``[K, C]`` for each ``(a, centre, conv)``, and ``Σ dz`` ``[K]``, dz being ``grad`` where ``mask``.
 
     Returns:
-        T in float64 for float32, else in float32; Σ dz in float32.
+        T in float64, for bfloat16 in float32; Σ dz in float32.
     Numerics: as ``wgrad``. float32 is centred while it is loaded; in half precision that would round it, and
         ``Σ dz·centreᵀ`` is taken away in float64.
     Traffic: reads each operand, and grad for each of them.
@@ -114,7 +114,8 @@ def wgrad_bn_act(
         if not full:
             if centre is not None:
                 t = torch.addr(t, sums, centre.to(torch.float64), alpha=-1)
-            t = t.to(torch.float32)
+            if grad.dtype == torch.bfloat16:  # stock's raw output loses more than that
+                t = t.to(torch.float32)
         products.append(t)
         first_sum = sums if first_sum is None else first_sum
     return products, first_sum.to(torch.float32)

@@ -41,7 +41,22 @@ def flagged_moments_kernel(
                 origin, pixel = pixels(row, BLOCK_M, P, Q, H, W, stride_h, stride_w, STRIDED)
                 z = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
                 z = add_product(
-                    z, x + origin * C, x_scale, x_shift, None, pixel, valid_row, w, out, C, K, 1, C, X_RELU, BLOCK_K
+                    z,
+                    x + origin * C,
+                    x_scale,
+                    x_shift,
+                    None,
+                    pixel,
+                    valid_row,
+                    w,
+                    None,
+                    out,
+                    C,
+                    K,
+                    1,
+                    C,
+                    X_RELU,
+                    BLOCK_K,
                 )
                 tile_count = tl.minimum(M - block * BLOCK_M, BLOCK_M).to(tl.float32)
                 tile_mean, tile_square = wide_moments(z, valid_row[:, None], tile_count)

@@ -119,6 +119,7 @@ def add_product(
     pixel,
     valid_row,
     w,
+    low,
     out,
     C,
     K,
@@ -127,12 +128,14 @@ def add_product(
     RELU: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """``acc`` plus the operand's rows ``pixel`` times the columns ``out`` of the matrix w ``[C, K]``."""
+    """``acc`` plus the operand's rows ``pixel`` times the columns ``out`` of the matrix w ``[C, K]``, or of w + low."""
     for first in tl.range(0, C, BLOCK_K):
         column = first + tl.arange(0, BLOCK_K)
         a = load_operand(x, scale, shift, centre, pixel, valid_row, column, C, RELU)
         b = load_filter(w, column, out, C, K, step_in, step_out)
         acc = tl.dot(a, b, acc, input_precision="ieee")
+        if low is not None:
+            acc = tl.dot(a, load_filter(low, column, out, C, K, step_in, step_out), acc, input_precision="ieee")
     return acc
 
 
@@ -193,7 +196,7 @@ def fprop_kernel(
         origin, pixel = pixels(row, BLOCK_M, P, Q, H, W, stride_h, stride_w, STRIDED)
         z = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         z = add_product(
-            z, x + origin * C, x_scale, x_shift, None, pixel, valid_row, w, out, C, K, 1, C, X_RELU, BLOCK_K
+            z, x + origin * C, x_scale, x_shift, None, pixel, valid_row, w, None, out, C, K, 1, C, X_RELU, BLOCK_K
         )
         if y_scale is not None:
             z *= load_vector(y_scale, out, K)
@@ -209,6 +212,7 @@ def fprop_kernel(
                 pixel,
                 valid_row,
                 w2,
+                None,
                 out,
                 C2,
                 K,
@@ -258,6 +262,7 @@ def dgrad_kernel(
     a_shift,
     mean_a,
     coupling,
+    coupling_low,
     constant,
     residual,
     residual_mask,
@@ -288,7 +293,8 @@ def dgrad_kernel(
 ):
     """``dx = dY·W [+ (A − mean_a)·coupling] [+ constant] [+ residual where its mask]`` ``[M, C]``, rounded once.
 
-    dY ``[M, K]`` is what ``load_gradient`` makes of dz, mask, mean_dz and y; W is ``[K, C]``, coupling ``[C, C]``. STRIDED: A
+    dY ``[M, K]`` is what ``load_gradient`` makes of dz, mask, mean_dz and y; W is ``[K, C]``, coupling (plus coupling_low)
+    ``[C, C]``. STRIDED: A
     and dx are read and written at the pixels that the convolution reads. ACCUMULATE: dx is added to.
 
     ``below`` (with BELOW_RELU): dx is kept where the activation ``below_scale·below + below_shift``, as it is rounded, passes
@@ -321,6 +327,7 @@ def dgrad_kernel(
                 pixel,
                 valid_row,
                 coupling,
+                coupling_low,
                 out,
                 C,
                 C,

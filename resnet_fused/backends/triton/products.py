@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ...statistics import coupling_shift
+from ...statistics import coupling_shift, two_parts
 from ..kernels import Below, Conv, Feedback, Gradient, Operand, PendingGrad, Product, filter_matrix
 from . import gemm
 from .cross_products import gram, wgrad, wgrad_bn_act
@@ -173,15 +173,17 @@ def _dgrad(
     if output_shape(dx, k, conv) != tuple(shape) or dx.shape[1] != c:
         raise ValueError(f"expected the gradient of {conv} of {tuple(dx.shape)} by [{k}, {c}], got {tuple(shape)}")
     w = matrix("weight", weight, dz, (k, c))
-    a = a_scale = a_shift = mean_a = coupling = mean_dz = constant = None
+    a = a_scale = a_shift = mean_a = coupling = low = mean_dz = constant = None
     a_relu = False
     if feedback is not None:
         a, a_scale, a_shift, a_relu = operand(feedback.a)
         check("a", a, dz, dx.shape)
-        coupling = matrix("coupling", feedback.coupling, dz, (c, c))
+        coupling, low = two_parts(feedback.coupling, dz.dtype)
+        coupling = matrix("coupling", coupling, dz, (c, c))
         mean_dz, mean_a = vector(feedback.mean_dz), vector(feedback.mean_a)
-        if dz.dtype != torch.float32:
-            constant, mean_dz, mean_a = coupling_shift(w, mean_dz, coupling, mean_a), None, None
+        if low is not None:
+            constant = coupling_shift(w, mean_dz, coupling.to(mean_a.dtype) + low, mean_a)
+            low, mean_dz, mean_a = low.contiguous(), None, None
     if residual is not None:
         check("residual", residual, dz, dx.shape)
     if config is None:
@@ -203,6 +205,7 @@ def _dgrad(
             a_shift,
             mean_a,
             coupling,
+            low,
             constant,
             residual,
             residual_mask,
