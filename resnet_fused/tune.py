@@ -187,7 +187,10 @@ def run(
     kernels: Sequence[str] | None = None,
     most: int | None = None,
 ) -> int:
-    """Measure what the networks launch, and update the table; 1 when an entry found no configuration."""
+    """Measure what the networks launch, and update the table; 1 when an entry found no configuration.
+
+    Args as those of the command; ``most``: its ``--configs``, see ``tune_group``.
+    """
     device = gpu_to_measure()
     from .backends.triton import cost, tuning
     from .backends.triton.trial import Clock
