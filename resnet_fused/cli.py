@@ -1,4 +1,4 @@
-"""``resnet-fused info | verify | bench | predict``: reads the arguments and calls the command."""
+"""``resnet-fused info | verify | bench | predict | tune``: reads the arguments and calls the command."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from .console import UsageError, require_rich, warn
 from .networks import BUILDERS, DTYPES
 from .version import __version__
 
+TRITON_DTYPES = ("fp32", "bf16", "fp16")
 PROVIDERS = ("stock", "fused", "genstats", "compile")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="resnet-fused", description="Fused ResNets for PyTorch: look, verify, measure, classify.")
     parser.add_argument("--version", action="version", version=f"resnet_fused {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="{info,verify,bench,predict}", parser_class=Parser)
+    commands = parser.add_subparsers(dest="command", metavar="{info,verify,bench,predict,tune}", parser_class=Parser)
     model, dtype = one_of("model", BUILDERS), one_of("dtype", tuple(DTYPES))
 
     info = commands.add_parser("info", help="versions, backends, device, settings")
@@ -70,6 +71,25 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--top-k", type=positive, default=5)
     predict.add_argument("--labels", metavar="FILE", help="one label per line; default: torchvision's for ImageNet")
     predict.add_argument("--device", type=device_name, default="cpu")
+
+    tune = commands.add_parser("tune", help="measure the Triton kernels on this GPU, for the shapes of networks")
+    tune.add_argument("--model", type=model, nargs="+", default=["resnet50"], metavar="NAME")
+    tune.add_argument("--batch", type=positive, default=256)
+    tune.add_argument("--image-size", type=image_size, default=224)
+    tune.add_argument(
+        "--dtype",
+        type=one_of("dtype", TRITON_DTYPES),
+        nargs="+",
+        default=["bf16"],
+        metavar="DTYPE",
+        help="fp32, bf16, fp16",
+    )
+    tune.add_argument("--mode", choices=("train", "infer"), default="train")
+    tune.add_argument("--table", metavar="JSON", help="entries are added; default: the user's table, which is in use")
+    tune.add_argument("--kernel", nargs="+", metavar="NAME", help="only these, such as fprop1x1 gram; default: all")
+    tune.add_argument(
+        "--configs", type=positive, metavar="N", help="try the N that the cost model finds fastest; default: all"
+    )
     return parser
 
 
@@ -115,6 +135,19 @@ def _run(arguments: argparse.Namespace) -> int:
             chosen=arguments.providers,
             repeats=arguments.repeats,
             memory=not arguments.no_memory,
+        )
+    if arguments.command == "tune":
+        from . import tune
+
+        return tune.run(
+            arguments.model,
+            batch=arguments.batch,
+            image_size=arguments.image_size,
+            dtypes=arguments.dtype,
+            mode=arguments.mode,
+            table=arguments.table,
+            kernels=arguments.kernel,
+            most=arguments.configs,
         )
     from . import predict
 

@@ -148,3 +148,29 @@ def test_unknown_network(name: str, monkeypatch, capsys):
         imported(name, monkeypatch).main(["--network", "resnet51"])
     assert ended.value.code == 2
     assert "unknown network 'resnet51', did you mean 'resnet50'?" in capsys.readouterr().err
+
+
+def test_predicted_launches(monkeypatch, capsys, tmp_path: Path):
+    pytest.importorskip("triton", reason="its kernels are described in Triton")
+    bench_triton = imported("bench_triton", monkeypatch)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    rows = tmp_path / "rows.csv"
+    arguments = ["--model", "resnet18", "--batch", "8", "--results-file", str(rows)]
+    assert bench_triton.main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "PREDICTED by the cost model for an H200: nothing was measured" in shown
+    lines = [
+        line.split()
+        for line in shown.splitlines()
+        if line.split()[:1] and line.split()[0] in sum(bench_triton.FAMILIES.values(), ())
+    ]
+    assert {line[0] for line in lines} >= {"fprop3x3", "dgrad3x3", "wgrad3x3", "gram", "bn_act", "pool_backward"}
+    assert all(line[-1] == "predicted" and 0 < float(line[-2]) <= 1 for line in lines)
+    assert not rows.exists()
+    assert bench_triton.main(["--family", "conv3x3", "--mode", "infer", "--gpu", "A100", "--batch", "8"]) == 0
+    shown = capsys.readouterr().out
+    assert "for an A100" in shown and "fprop3x3" in shown and "fprop1x1" not in shown
+    with pytest.raises(SystemExit) as ended:
+        bench_triton.main(["--gpu", "H300"])
+    assert ended.value.code == 2
+    assert "--gpu: expected one of A100, H100, H200, B200, got 'H300'" in capsys.readouterr().err

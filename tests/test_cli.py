@@ -213,6 +213,34 @@ def test_preprocessing_is_torchvisions(picture):
     assert (ours - theirs).abs().max() <= 1.01 / 255 / min(images.STD)
 
 
+def test_tune_says_what_is_missing(monkeypatch, capsys):
+    import importlib.util
+
+    def said() -> str:
+        assert main(["tune"]) == 2
+        return capsys.readouterr().err
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else find_spec(name))
+    assert "Triton is not installed: pip install resnet_fused[triton]" in said()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name == "triton" else find_spec(name))
+    assert "PyTorch sees no GPU" in said()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setitem(backends._REASONS, "triton", "it needs an NVIDIA GPU of compute capability 8.0 or higher")
+    assert "compute capability 8.0" in said()
+
+
+def test_tune_never_runs_in_deterministic_mode(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert main(["tune"]) == 2
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert "deterministic algorithms are asked for" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -226,6 +254,9 @@ def test_preprocessing_is_torchvisions(picture):
         (["predict", "x.png"], "--weights is required"),
         (["predict", "x.png", "--weights", "/no/such/file.pth"], "no such file"),
         (["predict", "x.png", "--random", "--labels", "/no/such/labels"], "--labels: no such file"),
+        (["tune", "--model", "resnet19"], "unknown model 'resnet19', did you mean 'resnet18'?"),
+        (["tune", "--dtype", "fp64"], "unknown dtype 'fp64', did you mean 'fp16'?"),
+        (["tune", "--mode", "eval"], "invalid choice: 'eval'"),
         (["predict"], "the following arguments are required: IMAGE"),
         (["frobnicate"], "frobnicate"),
     ],

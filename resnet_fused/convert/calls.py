@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import layers
+from .. import dispatch, layers
 
 _STEM_POOL = nn.MaxPool2d(3, 2, 1)
 
@@ -30,9 +29,7 @@ def run_units_in_place(
     x: Tensor, units: Sequence[layers.ConvNormAct], *, residual: Tensor, act: layers.Activation
 ) -> Tensor:
     """``layers.run_units`` for a forward that wrote ``y += residual``."""
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    if residual.dtype != dtype:
+    if residual.dtype != (dispatch.autocast_dtype(x) or x.dtype):
         y = layers.run_units(x, units)
         y += residual
         return y if act is None else act(y)

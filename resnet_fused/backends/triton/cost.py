@@ -145,8 +145,8 @@ _STREAMS = {
     "bn_backward_reduce": (2, 0),
     "bn_backward": (2, 1),
     "add_relu": (2, 1),
-    "pool": (1, 0.375),  # a quarter of the pixels, with a byte for the winner
-    "pool_backward": (1.375, 1),
+    "pool": (4, 1.5),  # of pooled pixels: four are read for each, with a byte for the winner
+    "pool_backward": (1.375, 1),  # of pixels in front of the pooling
 }
 REDUCTIONS = ("bn_stats", "bn_backward_reduce")
 PRODUCTS = ("fprop1x1", "dgrad1x1", "wgrad1x1", "gram", "fprop3x3", "dgrad3x3", "wgrad3x3")

@@ -39,10 +39,10 @@ _MOST_PIXELS = 2**31 - 2**16  # rows are counted in 32 bits, up to a tile beyond
 
 
 def takes(x: Tensor) -> bool:
-    """Whether these kernels read ``x``: dtype, device, layout, and no more pixels than they can count."""
+    """Whether these kernels read ``x``: dtype, device (meta: see ``recorder``), layout, no more pixels than they can count."""
     return (
         x.dtype in _DTYPES
-        and (x.is_cuda or tuning.INTERPRETED)
+        and (x.is_cuda or x.is_meta or tuning.INTERPRETED)
         and x.is_contiguous(memory_format=torch.channels_last)
         and x.numel() <= _MOST_PIXELS * x.shape[1]
     )

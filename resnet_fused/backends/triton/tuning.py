@@ -23,7 +23,9 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ from triton.errors import TritonError
 from . import cost
 from .cost import Config
 
-__all__ = ["Config", "Entry", "choose", "reload", "tune"]
+__all__ = ["Config", "Entry", "NothingWorks", "choose", "deciding", "reload", "tune"]
 
 ENVIRONMENT_VARIABLE = "RESNET_FUSED_TUNING_TABLE"
 KIND, FORMAT = "resnet_fused.triton.tuning", 1
@@ -62,7 +64,23 @@ def choose(kernel: str, shape: Mapping[str, int], dtype: torch.dtype, device: to
     Raises:
         ValueError: no kernel has that name.
     """
-    return _chosen(kernel, tuple(sorted(shape.items())), dtype, _where(device))
+    decide = _decide.get()
+    decided = None if decide is None else decide(kernel, shape, dtype)
+    return decided or _chosen(kernel, tuple(sorted(shape.items())), dtype, _where(device))
+
+
+Decision = Callable[[str, Mapping[str, int], torch.dtype], Config | None]
+_decide: ContextVar[Decision | None] = ContextVar("decide", default=None)
+
+
+@contextmanager
+def deciding(decide: Decision) -> Iterator[None]:
+    """In this block and thread ``choose`` asks ``decide`` first (None: no wish): to measure, and to see what is asked."""
+    token = _decide.set(decide)
+    try:
+        yield
+    finally:
+        _decide.reset(token)
 
 
 def _where(device: torch.device) -> torch.device:
@@ -204,6 +222,10 @@ def _tables() -> Table:
 # Measuring
 
 
+class NothingWorks(RuntimeError):
+    """Every configuration of a kernel was left out."""
+
+
 def tune(
     kernel: str,
     shape: Mapping[str, int],
@@ -227,7 +249,7 @@ def tune(
         path: the table to update, else ``user_table()``. Processes that write one table at the same time may lose entries.
         report: is told what was left out, and why.
     Raises:
-        RuntimeError: no configuration works; the table stays as it is.
+        NothingWorks: no configuration works; the table stays as it is.
     """
     best: Entry | None = None
     for config in cost.ranked(kernel, shape, dtype, gpu) if configs is None else configs:
@@ -246,7 +268,7 @@ def tune(
         elif best is None or us < best.us:
             best = Entry(config, us)
     if best is None:
-        raise RuntimeError(f"no configuration of {kernel} works for {dict(shape)} in {dtype} on {gpu.name}")
+        raise NothingWorks(f"no configuration of {kernel} works for {dict(shape)} in {dtype} on {gpu.name}")
     path = user_table() if path is None else path
     write(path, merge(read(path), {entry_key(kernel, shape, dtype, gpu): best}))
     return best
