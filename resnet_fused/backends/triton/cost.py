@@ -342,20 +342,16 @@ _SPILLING = {
     ("fprop3x3", 4, 80, Config(32, 32, 32, 4, 2)),
     ("fprop3x3", 4, 80, Config(32, 64, 16, 8, 2)),
     ("fprop3x3", 4, 90, Config(32, 64, 32, 4, 2)),
-    ("dgrad1x1", 2, 90, Config(128, 128, 64, 8, 3)),
-    ("dgrad1x1", 2, 90, Config(128, 128, 64, 8, 2)),
-    ("dgrad1x1", 2, 90, Config(128, 128, 64, 8, 4)),
-    ("dgrad1x1", 2, 90, Config(128, 128, 32, 8, 3)),
     ("wgrad3x3", 2, 80, Config(32, 64, 64, 4, 3)),
 }
 
 
-def _most_sums(kernel: str, half: bool, warps: int, arch: int) -> int:
+def _most_sums(kernel: str, half: bool, arch: int) -> int:
     """Sums of a thread beyond which some variant of the kernel spills, as compiled by Triton 3.6."""
     if not half:
         return 16
     if kernel.startswith("dgrad"):  # its epilogue reads tensors too
-        return 64 if 90 <= arch < 100 and warps == 8 else 32
+        return 32
     return 64 if over_rows(kernel) or arch < 100 else 32
 
 
@@ -365,7 +361,7 @@ def _product_candidates(kernel: str, dtype: torch.dtype, arch: int) -> Iterator[
         _HALF_TILES if half else _FLOAT_TILES, (64, 32) if half else (16, 32)
     ):
         for warps, stages in itertools.product((4, 8), (3, 2, 4) if half else (2,)):
-            if not 8 <= rows * columns / (32 * warps) <= _most_sums(kernel, half, warps, arch):
+            if not 8 <= rows * columns / (32 * warps) <= _most_sums(kernel, half, arch):
                 continue
             if kernel == "gram" and rows != columns:
                 continue

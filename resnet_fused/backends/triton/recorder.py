@@ -84,7 +84,8 @@ class Workload:
             return 0
         if self.kernel == "gram":
             return m * c * (c + 1)
-        filters = sum(t.numel() for name, t in tensors_in(self.arguments) if name in ("weight", "coupling"))
+        factors = {"weight": 1, "coupling": 2 if self.dtype.itemsize == 2 else 1}  # half precision has it in two parts
+        filters = sum(factors.get(name, 0) * t.numel() for name, t in tensors_in(self.arguments))
         return 2 * m * (filters or k * c)
 
     def roofline_seconds(self, gpu: cost.Device) -> float:
