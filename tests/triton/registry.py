@@ -180,7 +180,7 @@ def _shapes(kernel: str) -> list[dict[str, int]]:
     return shapes
 
 
-def chosen(kernel: Kernel, dtype: str, arch: int) -> list[Any]:
+def chosen(kernel: Kernel, variant: str, dtype: str, arch: int) -> list[Any]:
     """The configurations that ResNets get on a GPU of this architecture."""
     import torch
 
@@ -189,7 +189,8 @@ def chosen(kernel: Kernel, dtype: str, arch: int) -> list[Any]:
     if kernel.own_configs:
         return [flagged.CONFIGS[getattr(torch, dtype).itemsize]]
     gpus = [gpu for gpu in cost.DEVICES.values() if gpu.arch == arch]
-    cases = itertools.product(gpus, _shapes(kernel.name))
+    flags = {"feedback": int("FEEDBACK" in variant)}
+    cases = itertools.product(gpus, [shape | flags for shape in _shapes(kernel.name)])
     return list(dict.fromkeys(cost.ranked(kernel.name, shape, getattr(torch, dtype), gpu)[0] for gpu, shape in cases))
 
 
@@ -198,7 +199,8 @@ def shipped() -> list[Case]:
     return [
         kernel.case(variant, dtype, arch, config)
         for kernel, dtype, arch in itertools.product(REGISTRY, ("bfloat16", "float32"), ARCHES)
-        for config, variant in itertools.product(chosen(kernel, dtype, arch), kernel.variants)
+        for variant in kernel.variants
+        for config in chosen(kernel, variant, dtype, arch)
     ]
 
 
@@ -206,8 +208,9 @@ def default_suite(arch: int) -> list[Case]:
     """One configuration of every kernel and dtype: the fullest variant on sm_90, where float16 is looked at too."""
     dtypes = ("bfloat16", "float32", *(("float16",) if arch == 90 else ()))
     return [
-        kernel.case(kernel.variants[0 if arch == 90 and dtype != "float16" else -1], dtype, arch, config)
+        kernel.case(variant, dtype, arch, config)
         for kernel, dtype in itertools.product(REGISTRY, dtypes)
-        for config in chosen(kernel, dtype, arch)[:1]
+        for variant in [kernel.variants[0 if arch == 90 and dtype != "float16" else -1]]
+        for config in chosen(kernel, variant, dtype, arch)[:1]
         if dtype != "float16" or multiplies(kernel.name)
     ]

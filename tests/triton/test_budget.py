@@ -75,7 +75,7 @@ def test_what_the_compiler_says_is_read():
     assert not told[0] and good.mma > 0 and good.hmma == 0 and good.ldg128 > 0 and good.stg128 > 0
     assert good.registers > 32 and good.shared >= 64 * 64 * 2 and good.ctas_per_sm > 1
     assert spilling.spills > 0 and spilling.stack > 0 and "bytes of stack" in told[1] and "spills" in told[1]
-    assert plain.mma == 0 and told[2] == "no HGMMA"
+    assert plain.mma == 0 and told[2] == "no HGMMA no 16-byte loads no 16-byte stores"
     assert failing.failure and told[3] == failing.failure
     assert "the compiler crashed (-6)" in crashing.failure == told[4]
     assert not told[5] and ampere.mma == ampere.hmma > 0

@@ -88,8 +88,15 @@ def small(case):
     return dataclasses.replace(case, rows=(1, 9, 16), channels=(32, 96))
 
 
-@pytest.mark.parametrize("point", SWEEP, ids=["-".join(point) for point in SWEEP])
-def test_the_plan_is_as_accurate_as_stock(dtype, point):
+# Dtypes take turns, but for the correlated channels: these are what rounding tells apart.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+HARD = [
+    (point, dtype) for i, point in enumerate(SWEEP) for dtype in (DTYPES if "corr" in point[0] else DTYPES[i % 3 :][:1])
+]
+
+
+@pytest.mark.parametrize(("point", "dtype"), HARD, ids=[f"{'-'.join(point)}-{str(dtype)[6:]}" for point, dtype in HARD])
+def test_the_plan_is_as_accurate_as_stock(point, dtype):
     with resnet_fused.backend("triton"):
         ours, stock, exact = three(small(SWEEP[point]), dtype)
     for name, gold in exact.items():

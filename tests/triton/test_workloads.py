@@ -131,7 +131,7 @@ def test_traffic_and_flops():
     covariance = only(found, "gram", c=16)
     assert covariance.flops == wide * 16 * 17
     back = only(found, "dgrad1x1", c=16, feedback=1)
-    assert back.flops == 2 * wide * (64 * 16 + 16 * 16)
+    assert back.flops == 2 * wide * (64 * 16 + 2 * 16 * 16)  # the coupling in two parts
     gradient = only(found, "wgrad1x1", c=64, k=16)
     # dy, x, dW in float32; not the filter
     assert gradient.traffic_bytes == 2 * (16 * m + 64 * m) + 4 * (16 * 64)

@@ -346,22 +346,22 @@ _SPILLING = {
 }
 
 
-def _most_sums(kernel: str, half: bool, arch: int) -> int:
+def _most_sums(kernel: str, half: bool, warps: int, arch: int, feedback: bool) -> int:
     """Sums of a thread beyond which some variant of the kernel spills, as compiled by Triton 3.6."""
     if not half:
         return 16
     if kernel.startswith("dgrad"):  # its epilogue reads tensors too
-        return 32
+        return 64 if 90 <= arch < 100 and warps == 8 and not feedback else 32
     return 64 if over_rows(kernel) or arch < 100 else 32
 
 
-def _product_candidates(kernel: str, dtype: torch.dtype, arch: int) -> Iterator[Config]:
+def _product_candidates(kernel: str, dtype: torch.dtype, arch: int, feedback: bool) -> Iterator[Config]:
     half = dtype.itemsize == 2
     for (rows, columns), step in itertools.product(
         _HALF_TILES if half else _FLOAT_TILES, (64, 32) if half else (16, 32)
     ):
         for warps, stages in itertools.product((4, 8), (3, 2, 4) if half else (2,)):
-            if not 8 <= rows * columns / (32 * warps) <= _most_sums(kernel, half, arch):
+            if not 8 <= rows * columns / (32 * warps) <= _most_sums(kernel, half, warps, arch, feedback):
                 continue
             if kernel == "gram" and rows != columns:
                 continue
@@ -384,20 +384,22 @@ def _stream_candidates(kernel: str, dtype: torch.dtype) -> Iterator[Config]:
 
 
 @functools.lru_cache(maxsize=256)
-def candidates(kernel: str, dtype: torch.dtype, arch: int) -> tuple[Config, ...]:
-    """The configurations of ``kernel`` that are worth trying, in a fixed order.
+def candidates(kernel: str, dtype: torch.dtype, arch: int, feedback: bool = False) -> tuple[Config, ...]:
+    """The configurations of ``kernel`` that are worth trying, in a fixed order; with ``feedback`` of those with a coupling.
 
     Raises:
         ValueError: no kernel has that name.
     """
     if kernel not in KERNELS:
         raise ValueError(f"kernel: expected one of {', '.join(KERNELS)}, got {kernel!r}")
-    found = _product_candidates(kernel, dtype, arch) if kernel in PRODUCTS else _stream_candidates(kernel, dtype)
+    products = kernel in PRODUCTS
+    found = _product_candidates(kernel, dtype, arch, feedback) if products else _stream_candidates(kernel, dtype)
     return tuple(c for c in dict.fromkeys(found) if (kernel, dtype.itemsize, arch, c) not in _SPILLING)
 
 
 def ranked(kernel: str, shape: Mapping[str, int], dtype: torch.dtype, device: Device) -> list[Config]:
     """The candidates that fit, the fastest by the model first; those within about 2 % keep the order of ``candidates``."""
-    timed = [(predict(kernel, shape, dtype, c, device).seconds, c) for c in candidates(kernel, dtype, device.arch)]
+    tried = candidates(kernel, dtype, device.arch, bool(shape.get("feedback")))
+    timed = [(predict(kernel, shape, dtype, c, device).seconds, c) for c in tried]
     fitting = [(round(math.log(seconds) / 0.02), config) for seconds, config in timed if math.isfinite(seconds)]
     return [config for _, config in sorted(fitting, key=lambda pair: pair[0])]
