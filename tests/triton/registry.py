@@ -44,8 +44,9 @@ class Kernel:
     """A kernel as its launcher calls it.
 
     ``arguments``: "name:type" for each. Types: "T" dtype of the activations, "f" fp32, "d" fp64, "p" fp64 where activations are
-    fp32, else fp32; "i" i32, and "i16" one that is a multiple of 16 (channels of a ResNet). After "?" the flags, any of which
-    makes the tensor be there.
+    fp32, else fp32; "i" i32, and "i16" one that is a multiple of 16 (channels of a ResNet). "MK" are activations too, from sm_90
+    on behind a descriptor of tiles ``[BLOCK_M, BLOCK_K]``, "1" being an axis of one, unless there is the flag after "!". After
+    "?" the flags, any of which makes the tensor be there.
     ``variants``: flags that are set, or "FLAG=value". The first is checked by the default suite on sm_90, the last on others.
     ``fixed``, ``float32``, ``half``: flags of every variant, and of those of a dtype.
     ``own_configs``: the module has a configuration for each size of an element; others are chosen by shape.
@@ -75,10 +76,13 @@ class Kernel:
         for argument in self.arguments.split():
             name, _, rest = argument.partition(":")
             word, _, needs = rest.partition("?")
+            word, _, pointer = word.partition("!")
             if needs and not any(constants.get(flag) for flag in needs.split("|")):
                 constants[name] = None
             else:
-                types[name] = words[word]
+                types[name] = words[word] if word in words else words["T"]
+                if word not in words and arch >= 90 and not constants.get(pointer):
+                    types[name] = f"tensordesc<{short}{[constants.get(f'BLOCK_{axis}', 1) for axis in word]}>"
         module = f"resnet_fused.backends.triton.{self.module}"
         blocks = (config.block_m, config.block_n, config.block_k)
         options = {"warps": config.warps, "stages": config.stages, "config": blocks}
@@ -86,35 +90,36 @@ class Kernel:
 
 
 _FPROP1X1 = (
-    "x:T x_scale:f?PENDING x_shift:f?PENDING w:T y_scale:f?NORM x2:T?DUAL x2_scale:f?PENDING2 x2_shift:f?PENDING2 w2:T?DUAL "
-    "y2_scale:f?DUAL shift:f?NORM residual:T?RESIDUAL y:T mask:u8?MASK partials:f?STATS M:i K:i16 P:i Q:i C:i16 H:i W:i "
-    "stride_h:i stride_w:i C2:i16 H2:i W2:i stride2_h:i stride2_w:i"
+    "x:MK x_scale:f?PENDING x_shift:f?PENDING w:NK y_scale:f?NORM x2:MK!STRIDED2?DUAL x2_scale:f?PENDING2 x2_shift:f?PENDING2 "
+    "w2:NK?DUAL y2_scale:f?DUAL shift:f?NORM residual:MN?RESIDUAL y:MN mask:u8?MASK partials:f?STATS M:i K:i16 P:i Q:i C:i16 H:i "
+    "W:i stride_h:i stride_w:i C2:i16 H2:i W2:i stride2_h:i stride2_w:i"
 )
 _FLAGGED = (
     "x:T x_scale:f?PENDING x_shift:f?PENDING w:T flagged:u8 partials:d M:i K:i16 P:i Q:i C:i16 H:i W:i stride_h:i stride_w:i "
     "chunks:i"
 )
 _DGRAD1X1 = (
-    "dz:T mask:u8?MASK mean_dz:f?CENTRED y:T?GRAD y_mean:f?GRAD y_a:f?GRAD y_b:f?GRAD y_c:f?GRAD w:T a:T?FEEDBACK "
-    "a_scale:f?FEEDBACK a_shift:f?FEEDBACK mean_a:f?CENTRED coupling:T?FEEDBACK coupling_low:T?LOW constant:f?CONSTANT "
-    "residual:T?RESIDUAL residual_mask:u8?RESIDUAL below:T?BELOW below_mean:f?BELOW below_scale:f?BELOW below_shift:f?BELOW "
-    "dx:T partials:f?BELOW M:i K:i16 C:i16 P:i Q:i H:i W:i stride_h:i stride_w:i"
+    "dz:MK mask:u8?MASK mean_dz:f?CENTRED y:MK?GRAD y_mean:f?GRAD y_a:f?GRAD y_b:f?GRAD y_c:f?GRAD w:KN a:MK?FEEDBACK "
+    "a_scale:f?FEEDBACK a_shift:f?FEEDBACK mean_a:f?CENTRED coupling:KN?FEEDBACK coupling_low:KN?LOW constant:f?CONSTANT "
+    "residual:MN?RESIDUAL residual_mask:u8?RESIDUAL below:MN?BELOW below_mean:f?BELOW below_scale:f?BELOW below_shift:f?BELOW "
+    "dx:MN partials:f?BELOW M:i K:i16 C:i16 P:i Q:i H:i W:i stride_h:i stride_w:i"
 )
 _WGRAD1X1 = (
-    "dz:T mask:u8?MASK y:T?GRAD y_mean:f?GRAD y_a:f?GRAD y_b:f?GRAD y_c:f?GRAD a:T a_scale:f?PENDING a_shift:f?PENDING "
+    "dz:MN mask:u8?MASK y:MN?GRAD y_mean:f?GRAD y_a:f?GRAD y_b:f?GRAD y_c:f?GRAD a:MK a_scale:f?PENDING a_shift:f?PENDING "
     "centre:f?CENTRED partials:p sums:d?MASK M:i K:i16 C:i16 P:i Q:i H:i W:i stride_h:i stride_w:i chunks:i"
 )
 _GRAM = (
-    "x:T scale:f?PENDING shift:f?PENDING partials:p sums:d centres:f?COMPENSATED M:i C:i16 P:i Q:i H:i W:i stride_h:i stride_w:i "
-    "chunks:i"
+    "x:MN scale:f?PENDING shift:f?PENDING partials:p sums:d centres:f?COMPENSATED M:i C:i16 P:i Q:i H:i W:i stride_h:i "
+    "stride_w:i chunks:i"
 )
 _CONV3X3 = (
-    "x:T scale:f?PENDING shift:f?PENDING y:T?GRAD mean:f?GRAD a:f?GRAD b:f?GRAD c:f?GRAD filters:T out:T partials:f?STATS|BELOW "
-    "below:T?BELOW below_mean:f?BELOW below_scale:f?BELOW below_shift:f?BELOW M:i H:i W:i C:i16 K:i16"
+    "x:MK!PLAIN scale:f?PENDING shift:f?PENDING y:MK!PLAIN?GRAD mean:f?GRAD a:f?GRAD b:f?GRAD c:f?GRAD "
+    "filters:{}!PLAIN out:MN!PLAIN partials:f?STATS|BELOW below:MN!PLAIN?BELOW below_mean:f?BELOW below_scale:f?BELOW "
+    "below_shift:f?BELOW M:i H:i W:i C:i16 K:i16"
 )
 _WGRAD3X3 = (
-    "dz:T y:T?GRAD y_mean:f?GRAD y_a:f?GRAD y_b:f?GRAD y_c:f?GRAD x:T scale:f?PENDING shift:f?PENDING partials:f "
-    "M:i H:i W:i C:i16 K:i16 ROWS:i16"
+    "dz:MN!PLAIN y:MN!PLAIN?GRAD y_mean:f?GRAD y_a:f?GRAD y_b:f?GRAD y_c:f?GRAD x:MK!PLAIN scale:f?PENDING shift:f?PENDING "
+    "partials:f M:i H:i W:i C:i16 K:i16 ROWS:i16"
 )
 _BN_BACKWARD = "grad:T x:T mask:u8 mean:f scale:f shift:f"
 _POOL = "grad:T index:u8 x:T mean:f N:i H:i W:i P:i Q:i C:i16"
@@ -135,9 +140,12 @@ REGISTRY = (
         fixed="K_ALIGNED", float32="COMPENSATED CENTRED",
     ),
     Kernel("gram", "cross", "gram_kernel", _GRAM, ("PENDING RELU",), float32="COMPENSATED"),
-    Kernel("fprop3x3", "conv3x3", "conv3x3_kernel", _CONV3X3, ("PENDING RELU STATS", "")),
-    Kernel("dgrad3x3", "conv3x3", "conv3x3_kernel", _CONV3X3, ("GRAD BELOW BELOW_RELU", ""), fixed="BACKWARD"),
-    Kernel("wgrad3x3", "conv3x3", "wgrad3x3_kernel", _WGRAD3X3, ("GRAD PENDING RELU", "")),
+    Kernel("fprop3x3", "conv3x3", "conv3x3_kernel", _CONV3X3.format("N1K"), ("PENDING RELU STATS", ""), float32="PLAIN"),
+    Kernel(
+        "dgrad3x3", "conv3x3", "conv3x3_kernel", _CONV3X3.format("K1N"), ("GRAD BELOW BELOW_RELU", ""), fixed="BACKWARD",
+        float32="PLAIN",
+    ),
+    Kernel("wgrad3x3", "conv3x3", "wgrad3x3_kernel", _WGRAD3X3, ("GRAD PENDING RELU", ""), float32="PLAIN"),
     Kernel("bn_stats", "bn", "moments_kernel", "x:T partials:d M:i C:i16 steps:i", ("",), fixed="ALIGNED"),
     Kernel(
         "bn_act", "bn", "bn_act_kernel", "x:T scale:f shift:f residual:T out:T mask:u8 M:i C:i16",

@@ -43,7 +43,7 @@ class Resources:
     ctas_per_sm: int = 0
     mma: int = 0  # HGMMA on sm_90, UTCHMMA on sm_100, HMMA on sm_80
     hmma: int = 0  # of any architecture
-    ldg128: int = 0  # global loads of 16 bytes for each thread, asynchronous copies too
+    ldg128: int = 0  # global loads of 16 bytes for each thread, asynchronous copies and those of whole tiles (TMA) too
     stg128: int = 0
     seconds: float = 0.0
     failure: str = ""
@@ -116,8 +116,8 @@ def _read(cubin: bytes, shared: int, case: Case) -> Resources:
         ctas_per_sm=occupancy(registers, shared, case.warps, case.arch),
         mma=count(TENSOR_CORE[case.arch] + r"[.\w]*"),
         hmma=count(r"HMMA[.\w]*"),
-        ldg128=count(r"LDG(?:STS)?\.[.\w]*128"),
-        stg128=count(r"STG\.[.\w]*128"),
+        ldg128=count(r"(?:LDG(?:STS)?\.[.\w]*128|UTMALDG[.\w]*)"),
+        stg128=count(r"(?:STG\.[.\w]*128|UTMASTG[.\w]*)"),
     )
 
 

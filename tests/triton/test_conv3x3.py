@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -24,11 +25,13 @@ SMALL, WIDE, TALL = Config(16, 16, 16, 4, 1), Config(16, 32, 32, 4, 1), Config(6
 # (N, C, H, W, K) and tiles: a ragged last tile of everything; one tile of channels; fewer rows than a tile.
 CASES = {
     "ragged": ((2, 17, 3, 5, 19), SMALL),
+    "described": ((2, 24, 3, 5, 40), SMALL),  # rows of whole 16 bytes
     "wide": ((1, 17, 5, 6, 19), WIDE),
     "tall": ((2, 8, 4, 7, 5), TALL),
     "line": ((2, 3, 1, 3, 5), SMALL),
     "column": ((2, 3, 5, 1, 5), SMALL),
 }
+NARROW = (1, 3, 3, 5, 5)  # no rows of whole 16 bytes
 ONE = (2, 8, 3, 5, 16)  # one tile of channels, two of rows: the cheapest, for combinations of flags
 BORDER = 64  # rows and elements of NaN around each input
 
@@ -275,8 +278,10 @@ def test_supports() -> None:
 
 FAULTS: dict[str, tuple[str, str, Callable[..., None]]] = {
     "wrong tap": ("(tap % 3 - 1)\n", "(1 - tap % 3)\n", check_fprop),
-    "wrong filter tap": ("(tap * C + columns)[:, None]", "((8 - tap) * C + columns)[:, None]", check_fprop),
-    "filter not flipped": ("(8 - tap) * K", "tap * K", check_dgrad),
+    "wrong filter tap": ("[n0, tap, c0]", "[n0, 8 - tap, c0]", check_fprop),
+    "wrong filter tap by pointers": ("(tap * C + c)", "((8 - tap) * C + c)", partial(check_fprop, shape=NARROW)),
+    "filter not flipped": ("[c0, 8 - tap, n0]", "[c0, tap, n0]", check_dgrad),
+    "filter not flipped by pointers": ("(8 - tap) * K", "tap * K", partial(check_dgrad, shape=NARROW)),
     "wrong tap in wgrad": ("right = tap % 3 - 1", "right = 1 - tap % 3", check_wgrad),
     "no left border": (" & (pixel + right >= 0)", "", check_fprop),
     "no right border": (" & (pixel + right < W)", "", check_fprop),
@@ -287,8 +292,8 @@ FAULTS: dict[str, tuple[str, str, Callable[..., None]]] = {
     "border before the gradient": ("tl.where(inside[:, None], tile, 0.0)", "tile", check_dgrad),
     "last tile dropped": ("(tiles * triton.cdiv(k", "((m // config.block_m) * triton.cdiv(k", check_fprop),
     "last tile dropped in wgrad": ("(begin + ROWS, M)", "(begin + ROWS, M // BLOCK_M * BLOCK_M)", check_wgrad),
-    "statistics before rounding": ("values = stored.to(tl.float32)", "values = acc", check_fprop),
-    "sums before rounding": ("values = stored.to(tl.float32)", "values = acc", check_dgrad),
+    "statistics before rounding": ("values = rounded(acc, out).to(tl.float32)", "values = acc", check_fprop),
+    "sums before rounding": ("values = rounded(acc, out).to(tl.float32)", "values = acc", check_dgrad),
     "statistics without a mask": ("tile_moments(values, valid,", "tile_moments(values, values == values,", check_fprop),
     "full count in the last tile": ("tl.minimum(M - first, BLOCK_M)", "tl.cast(BLOCK_M, tl.int32)", check_fprop),
     "relu without its gradient": ("acc = tl.where(passes(", "acc = tl.where(passes(1 + 0 * ", check_dgrad),

@@ -33,6 +33,7 @@ from triton import language as tl
 from resnet_fused.backends.aten import pack_mask, rows
 from resnet_fused.backends.kernels import Below, Conv, Feedback, Product, filter_matrix
 from resnet_fused.backends.triton import gemm, language, launching, products, residual
+from resnet_fused.backends.triton.launching import described
 from resnet_fused.backends.triton.tuning import Config
 from resnet_fused.statistics import coupling_shift
 
@@ -327,3 +328,13 @@ def test_sees_a_mask_of_other_bits(monkeypatch):
             check_bn_act(torch.float32, widths, dual=False, residual=True, relu=True, save_mask=True)
     with pytest.raises(AssertionError):
         check_dgrad(torch.float32, ODD, False, "", "relu")
+
+
+def test_which_matrices_are_described():
+    """Rows of whole 16 bytes that start at one; the others, and what is not launched, stay as they are."""
+    x = images(torch.bfloat16, 16)
+    assert described(x, 64, 32).block_shape == [64, 32] and described(x, 64, 32).shape == [45, 16]
+    memory = torch.zeros(16 * 45 + 1, dtype=torch.bfloat16)
+    shifted = memory[1:].view(1, 5, 9, 16).permute(0, 3, 1, 2)
+    for plain in (images(torch.bfloat16, 12), shifted, x[:0], torch.empty_like(x, device="meta"), None):
+        assert described(plain, 64, 32) is plain

@@ -15,11 +15,12 @@ import torch
 import triton
 from torch import Tensor
 from triton import language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..kernels import Below, Conv, Gradient, Operand, PendingGrad
 from .gemm import load_gradient, load_operand
-from .language import load_vector, passes, tile_moments
-from .launching import empty, front, gradient, operand, options, rows_of, split
+from .language import load_tile, load_vector, passes, rounded, store_tile, tile_moments
+from .launching import described, empty, front, gradient, operand, options, rows_of, split
 from .merging import merge_moments, merge_sums
 from .tuning import Config, choose
 
@@ -36,10 +37,9 @@ def load_shifted(
     if y is not None:
         tile = load_gradient(x, None, None, y, mean, a, b, c, row, inside, first, width, BLOCK, False)
     else:
-        column = first + tl.arange(0, BLOCK)
         local = tl.arange(0, inside.shape[0])
-        tile = load_operand(x + row * width, scale, shift, None, local, inside, column, width, RELU)
-    if scale is not None or y is not None:
+        tile = load_operand(x, scale, shift, None, row, local, inside, first, width, RELU, BLOCK)
+    if scale is not None or y is not None or isinstance(x, tl.tensor_descriptor):
         tile = tl.where(inside[:, None], tile, 0.0)
     return tile
 
@@ -48,6 +48,31 @@ def load_shifted(
 def reaches(exists, line, pixel, down, right, H, W):
     """Which rows ``(line, pixel)`` have a pixel ``down`` lines below and ``right`` of them, in the same image."""
     return exists & (line + down >= 0) & (line + down < H) & (pixel + right >= 0) & (pixel + right < W)
+
+
+@triton.jit
+def load_tap(
+    filters,
+    tap: tl.constexpr,
+    c0,
+    n0,
+    C,
+    K,
+    BACKWARD: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The tile from ``(c0, n0)`` of ``filter(tap)`` ``[C, K]`` of ``conv3x3_kernel``; 0 outside."""
+    if isinstance(filters, tl.tensor_descriptor):
+        if BACKWARD:
+            return tl.reshape(filters.load([c0, 8 - tap, n0]), (BLOCK_K, BLOCK_N))
+        else:
+            return tl.trans(tl.reshape(filters.load([n0, tap, c0]), (BLOCK_N, BLOCK_K)))
+    else:
+        c = c0 + tl.arange(0, BLOCK_K)[:, None]
+        n = n0 + tl.arange(0, BLOCK_N)[None, :]
+        at = c * (9 * K) + ((8 - tap) * K + n) if BACKWARD else n * (9 * C) + (tap * C + c)
+        return tl.load(filters + at, mask=(c < C) & (n < K), other=0.0)
 
 
 @triton.jit
@@ -74,35 +99,30 @@ def conv3x3_kernel(
     line = (rows // W) % H
     pixel = rows % W
     exists = rows < M
-    n = (tl.program_id(0) % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n0 = (tl.program_id(0) % tiles_n) * BLOCK_N
+    n = n0 + tl.arange(0, BLOCK_N)
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for tap in tl.static_range(9):
         inside = reaches(exists, line, pixel, tap // 3 - 1, tap % 3 - 1, H, W)
         row = first.to(tl.int64) + (tap // 3 - 1) * W + (tap % 3 - 1)
         for c0 in tl.range(0, C, BLOCK_K):
-            columns = c0 + tl.arange(0, BLOCK_K)
             operand = load_shifted(x, scale, shift, y, mean, a, b, c, row, inside, c0, C, RELU, BLOCK_K)
-            if BACKWARD:
-                at = columns[:, None] * (9 * K) + ((8 - tap) * K + n)[None, :]
-            else:
-                at = n[None, :] * (9 * C) + (tap * C + columns)[:, None]
-            taps = tl.load(filters + at, mask=(columns < C)[:, None] & (n < K)[None, :], other=0.0)
+            taps = load_tap(filters, tap, c0, n0, C, K, BACKWARD, BLOCK_N, BLOCK_K)
             acc = tl.dot(operand, taps, acc, input_precision="ieee")
 
-    valid = exists[:, None] & (n < K)[None, :]
-    at = tl.arange(0, BLOCK_M)[:, None] * K + n[None, :]
-    origin = first.to(tl.int64) * K
+    row = first.to(tl.int64)
+    local = tl.arange(0, BLOCK_M)
     if below is not None:
-        value = tl.load(below + origin + at, mask=valid, other=0.0).to(tl.float32)
+        value = load_tile(below, row, local, exists, n0, K, BLOCK_N).to(tl.float32)
         if BELOW_RELU:
             # Rounded as the activation was: what became 0 then passes no gradient.
             z = value * load_vector(below_scale, n, K) + load_vector(below_shift, n, K)
-            acc = tl.where(passes(z.to(out.dtype.element_ty).to(tl.float32)), acc, 0.0)
-    stored = acc.to(out.dtype.element_ty)
-    tl.store(out + origin + at, stored, mask=valid)
+            acc = tl.where(passes(rounded(z, out).to(tl.float32)), acc, 0.0)
+    values = rounded(acc, out).to(tl.float32)
+    store_tile(out, values, row, local, exists, n0, K)
     if partials is not None:
-        values = stored.to(tl.float32)
+        valid = exists[:, None]
         if below is None:
             one, two = tile_moments(values, valid, tl.minimum(M - first, BLOCK_M).to(tl.float32))
         else:
@@ -160,6 +180,11 @@ def wgrad3x3_kernel(
     at = k[:, None] * (9 * C) + (tap * C + c)[None, :]
     to = partials + split.to(tl.int64) * K * (9 * C) + at
     tl.store(to, acc, mask=(k < K)[:, None] & (c < C)[None, :])
+
+
+def _described(t: Tensor | None, *tile: int) -> Tensor | TensorDescriptor | None:
+    # In float32 some of these kernels would spill: without tensor cores they multiply from registers.
+    return described(t, *tile) if t is not None and t.itemsize == 2 else t
 
 
 def supports(x: Tensor, weight: Tensor, conv: Conv) -> bool:
@@ -235,8 +260,11 @@ def wgrad(dy: Gradient, a: Operand, config: Config | None = None) -> Tensor:
     tiles = 9 * triton.cdiv(k, config.block_n) * triton.cdiv(c, config.block_k)
     splits, chunks = split(m, tiles, config.block_m, x.device)
     partials = torch.empty(splits, k, 9, c, dtype=torch.float32, device=x.device)
+    y, *coefficients = pending
+    gradient_tile, operand_tile = (config.block_m, config.block_n), (config.block_m, config.block_k)
     wgrad3x3_kernel[(tiles, splits)](
-        dz, *pending, x, scale, shift, partials, m, h, w, c, k, chunks * config.block_m,
+        _described(dz, *gradient_tile), _described(y, *gradient_tile), *coefficients,
+        _described(x, *operand_tile), scale, shift, partials, m, h, w, c, k, chunks * config.block_m,
         RELU=relu, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, **options(config),
     )  # fmt: skip
     return partials.sum(0).view(k, 3, 3, c).permute(0, 3, 1, 2)
@@ -274,8 +302,15 @@ def _convolve(
     partials = None
     if stats or below is not None:
         partials = torch.empty(tiles, 2, k, dtype=torch.float32, device=x.device)
+    operand_tile, out_tile = (config.block_m, config.block_k), (config.block_m, config.block_n)
+    filter_tile = (config.block_k, 1, config.block_n) if backward else (config.block_n, 1, config.block_k)
+    filters = weight.permute(0, 2, 3, 1).contiguous().flatten(1, 2)
+    y, *coefficients = pending
+    below_y, *below_vectors = front(below, x, out.shape)
     conv3x3_kernel[(tiles * triton.cdiv(k, config.block_n),)](
-        x, scale, shift, *pending, weight.permute(0, 2, 3, 1).contiguous(), out, partials, *front(below, x, out.shape),
+        _described(x, *operand_tile), scale, shift, _described(y, *operand_tile), *coefficients,
+        _described(filters, *filter_tile), _described(out, *out_tile), partials,
+        _described(below_y, *out_tile), *below_vectors,
         m, h, w, c, k,
         RELU=relu, BACKWARD=backward, BELOW_RELU=below is not None and below.relu,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, **options(config),

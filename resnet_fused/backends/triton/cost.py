@@ -218,10 +218,12 @@ def _product(kernel: str, shape: Mapping[str, int], dtype: torch.dtype, config: 
     flops = 2.0 * programs * steps * area * step
     groups = _warp_grid(tile_rows, config.warps, device.arch)
     feed = programs * steps * step * size * (tile_rows * groups[1] + tile_columns * groups[0])
-    # As compiled: addresses take much, tiles of operands more than their bytes, and what sums over rows keeps sums apart.
+    # As compiled: addresses take much where there are no descriptors, tiles of operands more than their bytes, and what sums
+    # over rows keeps sums apart.
     operands = (tile_rows + tile_columns) * step / threads
     if size == 2:
-        registers = 60 + area / threads * (2 if over_rows(kernel) else 1) + 1.5 * operands + 32 * (device.arch < 90)
+        base, of_operands = (92, 1.5) if device.arch < 90 else (60 if over_rows(kernel) else 40, 0.75)
+        registers = base + area / threads * (2 if over_rows(kernel) else 1) + of_operands * operands
     else:
         registers = 60 + area / threads * (3 if over_rows(kernel) else 1) + 4 * operands
     transformed = (tile_rows + tile_columns * over_rows(kernel)) * step
@@ -343,6 +345,8 @@ _SPILLING = {
     ("fprop3x3", 4, 80, Config(32, 64, 16, 8, 2)),
     ("fprop3x3", 4, 90, Config(32, 64, 32, 4, 2)),
     ("wgrad3x3", 2, 80, Config(32, 64, 64, 4, 3)),
+    ("fprop3x3", 2, 80, Config(64, 128, 32, 4, 3)),
+    ("fprop3x3", 2, 80, Config(64, 128, 64, 8, 4)),
 }
 
 
@@ -352,6 +356,8 @@ def _most_sums(kernel: str, half: bool, warps: int, arch: int, feedback: bool) -
         return 16
     if kernel.startswith("dgrad"):  # its epilogue reads tensors too
         return 64 if 90 <= arch < 100 and warps == 8 and not feedback else 32
+    if kernel == "gram" and 90 <= arch < 100:  # both of its operands are transformed
+        return 32
     return 64 if over_rows(kernel) or arch < 100 else 32
 
 

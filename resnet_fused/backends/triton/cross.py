@@ -77,7 +77,8 @@ def wgrad_kernel(
     across = tl.cdiv(C, BLOCK_K)
     first = tl.program_id(0) // across * BLOCK_N
     k = first + tl.arange(0, BLOCK_N)
-    c = tl.program_id(0) % across * BLOCK_K + tl.arange(0, BLOCK_K)
+    first_c = tl.program_id(0) % across * BLOCK_K
+    c = first_c + tl.arange(0, BLOCK_K)
     split = tl.program_id(1)
     high = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     low = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
@@ -90,7 +91,7 @@ def wgrad_kernel(
         if y is not None:
             g = tl.where(valid[:, None], g, 0.0)
         origin, pixel = pixels(row, BLOCK_M, P, Q, H, W, stride_h, stride_w, STRIDED)
-        x = load_operand(a + origin * C, a_scale, a_shift, centre, pixel, valid, c, C, A_RELU)
+        x = load_operand(a, a_scale, a_shift, centre, origin, pixel, valid, first_c, C, A_RELU, BLOCK_K)
         if a_scale is not None or centre is not None:
             x = tl.where(valid[:, None], x, 0.0)
         high, low = add_chunk(high, low, tl.dot(tl.trans(g), x, input_precision="ieee"), COMPENSATED)
@@ -150,17 +151,49 @@ def gram_kernel(
     sum_low = tl.zeros((BLOCK_N,), tl.float32)
     if centres is not None:
         centre_i = _first_mean(
-            x, scale, shift, split * chunks, ci, M, C, P, Q, H, W, stride_h, stride_w, RELU, STRIDED, BLOCK_M
+            x,
+            scale,
+            shift,
+            split * chunks,
+            i * BLOCK_N,
+            M,
+            C,
+            P,
+            Q,
+            H,
+            W,
+            stride_h,
+            stride_w,
+            RELU,
+            STRIDED,
+            BLOCK_M,
+            BLOCK_N,
         )
         centre_j = _first_mean(
-            x, scale, shift, split * chunks, cj, M, C, P, Q, H, W, stride_h, stride_w, RELU, STRIDED, BLOCK_M
+            x,
+            scale,
+            shift,
+            split * chunks,
+            j * BLOCK_N,
+            M,
+            C,
+            P,
+            Q,
+            H,
+            W,
+            stride_h,
+            stride_w,
+            RELU,
+            STRIDED,
+            BLOCK_M,
+            BLOCK_N,
         )
     for chunk in tl.range(split * chunks, tl.minimum((split + 1) * chunks, tl.cdiv(M, BLOCK_M))):
         row = tl.cast(chunk * BLOCK_M, tl.int64)
         valid = tl.arange(0, BLOCK_M) < M - chunk * BLOCK_M
         origin, pixel = pixels(row, BLOCK_M, P, Q, H, W, stride_h, stride_w, STRIDED)
-        a = load_operand(x + origin * C, scale, shift, None, pixel, valid, ci, C, RELU)
-        b = load_operand(x + origin * C, scale, shift, None, pixel, valid, cj, C, RELU)
+        a = load_operand(x, scale, shift, None, origin, pixel, valid, i * BLOCK_N, C, RELU, BLOCK_N)
+        b = load_operand(x, scale, shift, None, origin, pixel, valid, j * BLOCK_N, C, RELU, BLOCK_N)
         if centres is not None:
             a -= centre_i[None, :]
             b -= centre_j[None, :]
@@ -187,7 +220,7 @@ def _first_mean(
     scale,
     shift,
     chunk,
-    column,
+    first,
     M,
     C,
     P,
@@ -199,12 +232,13 @@ def _first_mean(
     RELU: tl.constexpr,
     STRIDED: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     """The mean of a chunk's rows, 0 where it is not finite."""
     row = tl.cast(chunk * BLOCK_M, tl.int64)
     valid = tl.arange(0, BLOCK_M) < M - chunk * BLOCK_M
     origin, pixel = pixels(row, BLOCK_M, P, Q, H, W, stride_h, stride_w, STRIDED)
-    a = load_operand(x + origin * C, scale, shift, None, pixel, valid, column, C, RELU)
+    a = load_operand(x, scale, shift, None, origin, pixel, valid, first, C, RELU, BLOCK_N)
     count = tl.minimum(M - chunk * BLOCK_M, BLOCK_M).to(tl.float32)
     mean = tl.sum(tl.where(valid[:, None], a, 0.0), 0) / count
     return tl.where(tl.abs(mean) < float("inf"), mean, 0.0)

@@ -12,6 +12,7 @@ from ...statistics import merge_products
 from ..kernels import Conv, Gradient, Operand, PendingGrad
 from . import cross
 from .launching import (
+    described,
     gradient,
     operand,
     options,
@@ -54,11 +55,14 @@ def _wgrad(
     splits, chunks = split(rows, tiles, config.block_m, x.device)
     partials = x.new_empty((splits, k, c), dtype=partial_dtype(x.dtype))
     sums = x.new_empty((splits, k), dtype=torch.float64) if want_sums else None
+    y, *coefficients = pending
+    gradient_tile = config.block_m, config.block_n
     cross.wgrad_kernel[(tiles, splits)](
-        dz,
+        described(dz, *gradient_tile),
         mask,
-        *pending,
-        x,
+        described(y, *gradient_tile),
+        *coefficients,
+        x if strided(conv) else described(x, config.block_m, config.block_k),
         x_scale,
         x_shift,
         vector(centre),
@@ -147,7 +151,7 @@ def gram(a: Operand, conv: Conv, config: Config | None = None) -> tuple[Tensor, 
     sums = x.new_empty((splits, c), dtype=torch.float64)
     centres = x.new_empty((splits, c), dtype=torch.float32) if x.dtype == torch.float32 else None
     cross.gram_kernel[(side * side, splits)](
-        x,
+        x if strided(conv) else described(x, config.block_m, config.block_n),
         scale,
         shift,
         partials,

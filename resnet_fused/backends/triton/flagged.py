@@ -45,20 +45,21 @@ def flagged_moments_kernel(
                 z = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
                 z = add_product(
                     z,
-                    x + origin * C,
+                    x,
                     x_scale,
                     x_shift,
                     None,
+                    origin,
                     pixel,
                     valid_row,
                     w,
                     None,
-                    out,
+                    first,
                     C,
                     K,
-                    1,
-                    C,
                     X_RELU,
+                    True,
+                    BLOCK_N,
                     BLOCK_K,
                 )
                 tile_count = tl.minimum(M - block * BLOCK_M, BLOCK_M).to(tl.float32)

@@ -3,8 +3,8 @@
 An operand may be formed while it is loaded (``Pending``, ``PendingGrad``, a masked or centred gradient), and what follows a
 convolution happens to the sums while they are in registers. Optional tensors are None where they are absent.
 
-A launch has as many programs as the GPU holds; program p computes the tiles p, p + programs, …, the tiles of one block of rows
-following each other, so that these rows come from L2. Which program computes a tile changes no bit of it.
+A program computes one tile; the tiles of one block of rows follow each other, so that these rows come from L2. Matrices of
+rows without strides may be descriptors (``launching.described``): their tiles need no addresses in registers.
 
 Fewer than 2³¹ rows and filter elements; activations may have more elements.
 """
@@ -12,7 +12,19 @@ Fewer than 2³¹ rows and filter elements; activations may have more elements.
 import triton
 from triton import language as tl
 
-from .language import affine_in_centred, load_mask, load_vector, passes, relu, store_mask, tile_moments, wide_moments
+from .language import (
+    affine_in_centred,
+    load_mask,
+    load_tile,
+    load_vector,
+    passes,
+    relu,
+    rounded,
+    store_mask,
+    store_tile,
+    tile_moments,
+    wide_moments,
+)
 
 
 @triton.jit
@@ -29,20 +41,33 @@ def pixels(first, BLOCK: tl.constexpr, P, Q, H, W, stride_h, stride_w, STRIDED: 
 
 
 @triton.jit
-def load_operand(x, scale, shift, centre, pixel, valid_row, column, width, RELU: tl.constexpr):
+def load_operand(
+    x,
+    scale,
+    shift,
+    centre,
+    origin,
+    pixel,
+    valid_row,
+    first,
+    width,
+    RELU: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """The tile of ``act(scale·x + shift)``, rounded as if it had been stored, minus ``centre``, in the dtype of x.
 
-    Without ``scale`` it is x. Outside ``width`` it is 0; rows that are not valid hold anything (0 if there is neither scale
-    nor centre).
+    Its rows and columns are those of ``load_tile``. Without ``scale`` it is x. Outside ``width`` it is 0; rows that are not
+    valid hold anything (what ``load_tile`` has there if there is neither scale nor centre).
     """
-    valid = valid_row[:, None] & (column < width)[None, :]
-    tile = tl.load(x + pixel[:, None] * width + column[None, :], mask=valid, other=0.0)
+    column = first + tl.arange(0, BLOCK)
+    stored = load_tile(x, origin, pixel, valid_row, first, width, BLOCK)
+    tile = stored
     if scale is not None:
         z = tile.to(tl.float32) * load_vector(scale, column, width)
         z += load_vector(shift, column, width)
         if RELU:
             z = relu(z)
-        tile = z.to(x.dtype.element_ty)
+        tile = z.to(stored.dtype)
     if centre is not None:
         tile -= load_vector(centre, column, width)
     return tile
@@ -82,12 +107,13 @@ def load_gradient(
     """
     column = first + tl.arange(0, BLOCK)
     valid = valid_row[:, None] & (column < width)[None, :]
-    at = tl.arange(0, valid_row.shape[0])[:, None] * width + column[None, :]
-    tile = tl.load(dz + row * width + at, mask=valid, other=0.0)
+    local = tl.arange(0, valid_row.shape[0])
+    stored = load_tile(dz, row, local, valid_row, first, width, BLOCK)
+    tile = stored
     if mask is not None:
         tile = tl.where(load_bits(mask, row, valid_row, valid, first, width, BLOCK, ALIGNED), tile, 0.0)
     if y is not None:
-        values = tl.load(y + row * width + at, mask=valid, other=0.0).to(tl.float32)
+        values = load_tile(y, row, local, valid_row, first, width, BLOCK).to(tl.float32)
         dy = affine_in_centred(
             tile.to(tl.float32),
             values,
@@ -96,17 +122,34 @@ def load_gradient(
             load_vector(y_b, column, width),
             load_vector(y_c, column, width),
         )
-        tile = dy.to(dz.dtype.element_ty)
+        tile = dy.to(stored.dtype)
     if mean_dz is not None:
         tile -= load_vector(mean_dz, column, width)
     return tile
 
 
 @triton.jit
-def load_filter(w, into, out, depth, width, step_in, step_out):
-    """The tile ``[into, out]`` of a matrix ``[depth, width]`` with these strides; 0 outside."""
-    valid = (into < depth)[:, None] & (out < width)[None, :]
-    return tl.load(w + into[:, None] * step_in + out[None, :] * step_out, mask=valid, other=0.0)
+def load_filter(
+    w,
+    into,
+    out,
+    depth,
+    width,
+    TRANSPOSED: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The tile from ``(into, out)`` of a matrix ``[depth, width]``, TRANSPOSED: stored as ``[width, depth]``; 0 outside."""
+    if isinstance(w, tl.tensor_descriptor):
+        if TRANSPOSED:
+            return tl.trans(w.load([out, into]))
+        else:
+            return w.load([into, out])
+    else:
+        row = into + tl.arange(0, BLOCK_K)[:, None]
+        column = out + tl.arange(0, BLOCK_N)[None, :]
+        at = column * depth + row if TRANSPOSED else row * width + column
+        return tl.load(w + at, mask=(row < depth) & (column < width), other=0.0)
 
 
 @triton.jit
@@ -116,6 +159,7 @@ def add_product(
     scale,
     shift,
     centre,
+    origin,
     pixel,
     valid_row,
     w,
@@ -123,19 +167,18 @@ def add_product(
     out,
     C,
     K,
-    step_in,
-    step_out,
     RELU: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """``acc`` plus the operand's rows ``pixel`` times the columns ``out`` of the matrix w ``[C, K]``, or of w + low."""
-    for first in tl.range(0, C, BLOCK_K):
-        column = first + tl.arange(0, BLOCK_K)
-        a = load_operand(x, scale, shift, centre, pixel, valid_row, column, C, RELU)
-        b = load_filter(w, column, out, C, K, step_in, step_out)
-        acc = tl.dot(a, b, acc, input_precision="ieee")
+    """``acc`` plus the operand's rows times the columns from ``out`` of the matrix w ``[C, K]``, or of w + low."""
+    for c in tl.range(0, C, BLOCK_K):
+        a = load_operand(x, scale, shift, centre, origin, pixel, valid_row, c, C, RELU, BLOCK_K)
+        acc = tl.dot(a, load_filter(w, c, out, C, K, TRANSPOSED, BLOCK_K, BLOCK_N), acc, input_precision="ieee")
         if low is not None:
-            acc = tl.dot(a, load_filter(low, column, out, C, K, step_in, step_out), acc, input_precision="ieee")
+            b = load_filter(low, c, out, C, K, TRANSPOSED, BLOCK_K, BLOCK_N)
+            acc = tl.dot(a, b, acc, input_precision="ieee")
     return acc
 
 
@@ -186,64 +229,78 @@ def fprop_kernel(
     with a mean better than float32's.
     """
     across = tl.cdiv(K, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), tl.cdiv(M, BLOCK_M) * across, tl.num_programs(0)):
-        block = tile // across
-        first = tile % across * BLOCK_N
-        row = tl.cast(block * BLOCK_M, tl.int64)
-        local = tl.arange(0, BLOCK_M)
-        valid_row = local < M - block * BLOCK_M
-        out = first + tl.arange(0, BLOCK_N)
-        origin, pixel = pixels(row, BLOCK_M, P, Q, H, W, stride_h, stride_w, STRIDED)
-        z = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        z = add_product(
-            z, x + origin * C, x_scale, x_shift, None, pixel, valid_row, w, None, out, C, K, 1, C, X_RELU, BLOCK_K
+    block = tl.program_id(0) // across
+    first = tl.program_id(0) % across * BLOCK_N
+    row = tl.cast(block * BLOCK_M, tl.int64)
+    local = tl.arange(0, BLOCK_M)
+    valid_row = local < M - block * BLOCK_M
+    out = first + tl.arange(0, BLOCK_N)
+    origin, pixel = pixels(row, BLOCK_M, P, Q, H, W, stride_h, stride_w, STRIDED)
+    z = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    z = add_product(
+        z,
+        x,
+        x_scale,
+        x_shift,
+        None,
+        origin,
+        pixel,
+        valid_row,
+        w,
+        None,
+        first,
+        C,
+        K,
+        X_RELU,
+        True,
+        BLOCK_N,
+        BLOCK_K,
+    )
+    if y_scale is not None:
+        z *= load_vector(y_scale, out, K)
+    if x2 is not None:
+        origin, pixel = pixels(row, BLOCK_M, P, Q, H2, W2, stride2_h, stride2_w, STRIDED2)
+        z2 = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        z2 = add_product(
+            z2,
+            x2,
+            x2_scale,
+            x2_shift,
+            None,
+            origin,
+            pixel,
+            valid_row,
+            w2,
+            None,
+            first,
+            C2,
+            K,
+            X2_RELU,
+            True,
+            BLOCK_N,
+            BLOCK_K,
         )
-        if y_scale is not None:
-            z *= load_vector(y_scale, out, K)
-        if x2 is not None:
-            origin, pixel = pixels(row, BLOCK_M, P, Q, H2, W2, stride2_h, stride2_w, STRIDED2)
-            z2 = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            z2 = add_product(
-                z2,
-                x2 + origin * C2,
-                x2_scale,
-                x2_shift,
-                None,
-                pixel,
-                valid_row,
-                w2,
-                None,
-                out,
-                C2,
-                K,
-                1,
-                C2,
-                X2_RELU,
-                BLOCK_K,
-            )
-            if y2_scale is not None:
-                z2 *= load_vector(y2_scale, out, K)
-            z += z2
-        if shift is not None:
-            z += load_vector(shift, out, K)
-        valid = valid_row[:, None] & (out < K)[None, :]
-        at = local[:, None] * K + out[None, :]
-        if residual is not None:
-            z += tl.load(residual + row * K + at, mask=valid, other=0.0).to(tl.float32)
-        z = z.to(y.dtype.element_ty).to(tl.float32)
-        if mask is not None:
-            store_mask(mask + row * (K // 8), local, first, K, passes(z), valid_row, BLOCK_N)
-        if RELU:
-            z = relu(z)
-        tl.store(y + row * K + at, z.to(y.dtype.element_ty), mask=valid)
-        if partials is not None:
-            count = tl.minimum(M - block * BLOCK_M, BLOCK_M).to(tl.float32)
-            if partials.dtype.element_ty == tl.float64:
-                mean, square = wide_moments(z, valid_row[:, None], count)
-            else:
-                mean, square = tile_moments(z, valid_row[:, None], count)
-            tl.store(partials + 2 * block * K + out, mean, mask=out < K)
-            tl.store(partials + (2 * block + 1) * K + out, square, mask=out < K)
+        if y2_scale is not None:
+            z2 *= load_vector(y2_scale, out, K)
+        z += z2
+    if shift is not None:
+        z += load_vector(shift, out, K)
+    if residual is not None:
+        z += load_tile(residual, row, local, valid_row, first, K, BLOCK_N).to(tl.float32)
+    z = rounded(z, y).to(tl.float32)
+    store_tile(y, relu(z) if RELU else z, row, local, valid_row, first, K)
+    if mask is not None:
+        store_mask(mask + row * (K // 8), local, first, K, passes(z), valid_row, BLOCK_N)
+    if RELU:
+        z = relu(z)
+    if partials is not None:
+        count = tl.minimum(M - block * BLOCK_M, BLOCK_M).to(tl.float32)
+        if partials.dtype.element_ty == tl.float64:
+            mean, square = wide_moments(z, valid_row[:, None], count)
+        else:
+            mean, square = tile_moments(z, valid_row[:, None], count)
+        tl.store(partials + 2 * block * K + out, mean, mask=out < K)
+        tl.store(partials + (2 * block + 1) * K + out, square, mask=out < K)
 
 
 @triton.jit
@@ -294,68 +351,66 @@ def dgrad_kernel(
     """``dx = dY·W [+ (A − mean_a)·coupling] [+ constant] [+ residual where its mask]`` ``[M, C]``, rounded once.
 
     dY ``[M, K]`` is what ``load_gradient`` makes of dz, mask, mean_dz and y; W is ``[K, C]``, coupling (plus coupling_low)
-    ``[C, C]``. STRIDED: A
-    and dx are read and written at the pixels that the convolution reads. ACCUMULATE: dx is added to.
+    ``[C, C]``. STRIDED: A and dx are read and written at the pixels that the convolution reads. ACCUMULATE: dx is added to.
 
     ``below`` (with BELOW_RELU): dx is kept where the activation ``below_scale·below + below_shift``, as it is rounded, passes
     the gradient; ``partials`` ``[tiles of rows, 2, C]`` float32: each tile's sums of dx and of dx·(below − below_mean), of dx as
     it was rounded.
     """
     across = tl.cdiv(C, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), tl.cdiv(M, BLOCK_M) * across, tl.num_programs(0)):
-        block = tile // across
-        first = tile % across * BLOCK_N
-        row = tl.cast(block * BLOCK_M, tl.int64)
-        local = tl.arange(0, BLOCK_M)
-        valid_row = local < M - block * BLOCK_M
-        out = first + tl.arange(0, BLOCK_N)
-        origin, pixel = pixels(row, BLOCK_M, P, Q, H, W, stride_h, stride_w, STRIDED)
-        da = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for k in tl.range(0, K, BLOCK_K):
-            g = load_gradient(
-                dz, mask, mean_dz, y, y_mean, y_a, y_b, y_c, row, valid_row, k, K, BLOCK_K, K_ALIGNED
-            )  # fmt: skip
-            b = load_filter(w, k + tl.arange(0, BLOCK_K), out, K, C, C, 1)
-            da = tl.dot(g, b, da, input_precision="ieee")
-        if a is not None:
-            da = add_product(
-                da,
-                a + origin * C,
-                a_scale,
-                a_shift,
-                mean_a,
-                pixel,
-                valid_row,
-                coupling,
-                coupling_low,
-                out,
-                C,
-                C,
-                C,
-                1,
-                A_RELU,
-                BLOCK_K,
+    block = tl.program_id(0) // across
+    first = tl.program_id(0) % across * BLOCK_N
+    row = tl.cast(block * BLOCK_M, tl.int64)
+    local = tl.arange(0, BLOCK_M)
+    valid_row = local < M - block * BLOCK_M
+    out = first + tl.arange(0, BLOCK_N)
+    origin, pixel = pixels(row, BLOCK_M, P, Q, H, W, stride_h, stride_w, STRIDED)
+    da = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in tl.range(0, K, BLOCK_K):
+        g = load_gradient(
+            dz, mask, mean_dz, y, y_mean, y_a, y_b, y_c, row, valid_row, k, K, BLOCK_K, K_ALIGNED
+        )  # fmt: skip
+        da = tl.dot(g, load_filter(w, k, first, K, C, False, BLOCK_K, BLOCK_N), da, input_precision="ieee")
+    if a is not None:
+        da = add_product(
+            da,
+            a,
+            a_scale,
+            a_shift,
+            mean_a,
+            origin,
+            pixel,
+            valid_row,
+            coupling,
+            coupling_low,
+            first,
+            C,
+            C,
+            A_RELU,
+            False,
+            BLOCK_N,
+            BLOCK_K,
+        )
+    if constant is not None:
+        da += load_vector(constant, out, C)
+    valid = valid_row[:, None] & (out < C)[None, :]
+    if residual is not None:
+        shortcut = load_tile(residual, origin, pixel, valid_row, first, C, BLOCK_N)
+        if residual_mask is not None:
+            shortcut = tl.where(
+                load_bits(residual_mask, row, valid_row, valid, first, C, BLOCK_N, C_ALIGNED), shortcut, 0.0
             )
-        if constant is not None:
-            da += load_vector(constant, out, C)
-        valid = valid_row[:, None] & (out < C)[None, :]
-        at = pixel[:, None] * C + out[None, :]
-        if residual is not None:
-            shortcut = tl.load(residual + origin * C + at, mask=valid, other=0.0)
-            if residual_mask is not None:
-                shortcut = tl.where(
-                    load_bits(residual_mask, row, valid_row, valid, first, C, BLOCK_N, C_ALIGNED), shortcut, 0.0
-                )
-            da += shortcut.to(tl.float32)
-        if ACCUMULATE:
-            da += tl.load(dx + origin * C + at, mask=valid, other=0.0).to(tl.float32)
-        if below is not None:
-            value = tl.load(below + origin * C + at, mask=valid, other=0.0).to(tl.float32)
-            if BELOW_RELU:
-                z = value * load_vector(below_scale, out, C) + load_vector(below_shift, out, C)
-                da = tl.where(passes(z.to(below.dtype.element_ty).to(tl.float32)), da, 0.0)
-            da = tl.where(valid_row[:, None], da.to(dx.dtype.element_ty).to(tl.float32), 0.0)
-            centred = tl.where(valid_row[:, None], value - load_vector(below_mean, out, C), 0.0)
-            tl.store(partials + 2 * block * C + out, tl.sum(da, 0), mask=out < C)
-            tl.store(partials + (2 * block + 1) * C + out, tl.sum(da * centred, 0), mask=out < C)
-        tl.store(dx + origin * C + at, da.to(dx.dtype.element_ty), mask=valid)
+        da += shortcut.to(tl.float32)
+    if ACCUMULATE:
+        da += load_tile(dx, origin, pixel, valid_row, first, C, BLOCK_N).to(tl.float32)
+    if below is not None:
+        value = load_tile(below, origin, pixel, valid_row, first, C, BLOCK_N).to(tl.float32)
+        if BELOW_RELU:
+            z = value * load_vector(below_scale, out, C) + load_vector(below_shift, out, C)
+            da = tl.where(passes(rounded(z, below).to(tl.float32)), da, 0.0)
+        da = tl.where(valid_row[:, None], rounded(da, dx).to(tl.float32), 0.0)
+    store_tile(dx, da, origin, pixel, valid_row, first, C)
+    if below is not None:
+        centred = tl.where(valid_row[:, None], value - load_vector(below_mean, out, C), 0.0)
+        tl.store(partials + 2 * block * C + out, tl.sum(da, 0), mask=out < C)
+        tl.store(partials + (2 * block + 1) * C + out, tl.sum(da * centred, 0), mask=out < C)

@@ -17,6 +17,41 @@ def passes(z):
 
 
 @triton.jit
+def rounded(z, x):
+    """``z`` in the dtype of what ``x``, a pointer or a descriptor, refers to."""
+    if isinstance(x, tl.tensor_descriptor):
+        return z.to(x.dtype)
+    else:
+        return z.to(x.dtype.element_ty)
+
+
+@triton.jit
+def load_tile(x, origin, pixel, valid, first, width, BLOCK_N: tl.constexpr):
+    """Columns ``[first, first + BLOCK_N)`` of the rows ``origin`` (int64) plus ``pixel`` of a matrix with ``width`` columns.
+
+    Behind a descriptor of x the rows follow each other from ``origin``; what lies outside of the matrix is 0. Behind a pointer
+    rows are 0 where they are not ``valid`` ``[BLOCK_M]`` too.
+    """
+    if isinstance(x, tl.tensor_descriptor):
+        return x.load([origin.to(tl.int32), first])
+    else:
+        column = first + tl.arange(0, BLOCK_N)
+        inside = valid[:, None] & (column < width)[None, :]
+        return tl.load(x + origin * width + pixel[:, None] * width + column[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def store_tile(x, tile, origin, pixel, valid, first, width):
+    """The inverse of ``load_tile``, in the dtype of x; the rows that are not ``valid`` lie outside of the matrix."""
+    if isinstance(x, tl.tensor_descriptor):
+        x.store([origin.to(tl.int32), first], tile.to(x.dtype))
+    else:
+        column = first + tl.arange(0, tile.shape[1])
+        at = x + origin * width + (pixel[:, None] * width + column[None, :])
+        tl.store(at, tile.to(x.dtype.element_ty), mask=valid[:, None] & (column < width)[None, :])
+
+
+@triton.jit
 def load_mask(mask, rows, first, width, valid, BLOCK_N: tl.constexpr, ALIGNED: tl.constexpr):
     """Bits of the tile of ``rows`` ``[BLOCK_M]`` (int64) and columns ``[first, first + BLOCK_N)`` of a mask of row length
     ``width``; False where not ``valid`` ``[BLOCK_M, BLOCK_N]``. ALIGNED: ``width`` and ``first`` are multiples of 8."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..kernels import Below, Conv, Gradient, Operand, Pending, PendingGrad
 from .cost import describe
@@ -72,9 +74,20 @@ def shape_of(rows: int, c: int, k: int, conv: Conv, **flags: bool) -> dict[str, 
     return {"m": rows, "c": c, "k": k, "stride": max(conv.stride)} | {name: int(on) for name, on in flags.items()}
 
 
-def persistent(rows: int, width: int, config: Config, device: torch.device) -> tuple[int]:
-    tiles = triton.cdiv(rows, config.block_m) * triton.cdiv(width, config.block_n)
-    return (min(tiles, _PROGRAMS_PER_SM * multiprocessors(device)),)
+def described(t: Tensor | None, *tile: int) -> Tensor | TensorDescriptor | None:
+    """A descriptor for such tiles of a contiguous tensor, or of the rows of images, where GPUs take one; else ``t``."""
+    if t is None or t.is_meta or t.numel() == 0:
+        return t
+    width = t.shape[1 if t.dim() == 4 else -1]
+    if t.is_cuda and describe(t.device).arch < 90 or (width * t.itemsize | t.data_ptr()) % 16:
+        return t
+    shape = [t.numel() // width, width] if t.dim() == 4 else list(t.shape)
+    strides = [math.prod(shape[axis:]) for axis in range(1, len(shape) + 1)]
+    return TensorDescriptor(t, shape, strides, list(tile))
+
+
+def tiles(rows: int, width: int, config: Config) -> tuple[int]:
+    return (triton.cdiv(rows, config.block_m) * triton.cdiv(width, config.block_n),)
 
 
 def split(rows: int, tiles: int, block_m: int, device: torch.device) -> tuple[int, int]:

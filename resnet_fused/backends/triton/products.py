@@ -20,6 +20,7 @@ from . import gemm
 from .cross_products import gram, wgrad, wgrad_bn_act
 from .launching import (
     check,
+    described,
     empty,
     front,
     gradient,
@@ -28,10 +29,10 @@ from .launching import (
     options,
     output_shape,
     partial_dtype,
-    persistent,
     rows_of,
     shape_of,
     strided,
+    tiles,
     vector,
 )
 from .merging import merge_moments, merge_sums
@@ -74,20 +75,23 @@ def _fprop(
     mask = new_mask(y) if save_mask else no_mask(y)
     partials = x.new_empty((triton.cdiv(rows, config.block_m), 2, k), dtype=partial_dtype(x.dtype)) if stats else None
     if rows:
-        gemm.fprop_kernel[persistent(rows, k, config, x.device)](
-            x,
+        operand_tile, filter_tile = (config.block_m, config.block_k), (config.block_n, config.block_k)
+        out_tile = config.block_m, config.block_n
+        is_strided, is_strided2 = strided(first.conv), second is not None and strided(second.conv)
+        gemm.fprop_kernel[tiles(rows, k, config)](
+            x if is_strided else described(x, *operand_tile),
             x_scale,
             x_shift,
-            w,
+            described(w, *filter_tile),
             vector(first.scale),
-            x2,
+            x2 if is_strided2 else described(x2, *operand_tile),
             x2_scale,
             x2_shift,
-            w2,
+            described(w2, *filter_tile),
             y2_scale,
             vector(shift),
-            residual,
-            y,
+            described(residual, *out_tile),
+            described(y, *out_tile),
             mask if save_mask and k % 8 == 0 else None,
             partials,
             rows,
@@ -99,8 +103,8 @@ def _fprop(
             *of_second,
             X_RELU=x_relu,
             X2_RELU=x2_relu,
-            STRIDED=strided(first.conv),
-            STRIDED2=second is not None and strided(second.conv),
+            STRIDED=is_strided,
+            STRIDED2=is_strided2,
             RELU=relu,
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
@@ -194,23 +198,29 @@ def _dgrad(
     if below is not None:
         partials = dz.new_empty((triton.cdiv(rows, config.block_m), 2, c), dtype=torch.float32)
     if rows:
-        gemm.dgrad_kernel[persistent(rows, c, config, dz.device)](
-            dz,
+        operand_tile, filter_tile = (config.block_m, config.block_k), (config.block_k, config.block_n)
+        out_tile, is_strided = (config.block_m, config.block_n), strided(conv)
+        y, *coefficients = pending
+        below_y, *below_vectors = front(below, dz, dx.shape)
+        gemm.dgrad_kernel[tiles(rows, c, config)](
+            described(dz, *operand_tile),
             mask,
             mean_dz,
-            *pending,
-            w,
-            a,
+            described(y, *operand_tile),
+            *coefficients,
+            described(w, *filter_tile),
+            a if is_strided else described(a, *operand_tile),
             a_scale,
             a_shift,
             mean_a,
-            coupling,
-            low,
+            described(coupling, *filter_tile),
+            described(low, *filter_tile),
             constant,
-            residual,
+            residual if is_strided else described(residual, *out_tile),
             residual_mask,
-            *front(below, dz, dx.shape),
-            dx,
+            below_y if is_strided else described(below_y, *out_tile),
+            *below_vectors,
+            dx if is_strided else described(dx, *out_tile),
             partials,
             rows,
             k,
@@ -220,7 +230,7 @@ def _dgrad(
             *conv.stride,
             A_RELU=a_relu,
             BELOW_RELU=below is not None and below.relu,
-            STRIDED=strided(conv),
+            STRIDED=is_strided,
             ACCUMULATE=accumulate,
             K_ALIGNED=k % 8 == 0,
             C_ALIGNED=c % 8 == 0,
