@@ -7,13 +7,12 @@ from unittest import mock
 
 import pytest
 import torch
-from covariance_cases import Case, relative_error, sweep, three
+from covariance_cases import Case, check_constant, check_input_gradient, relative_error, sweep, three
 from torch import Tensor
 
 import resnet_fused
 from resnet_fused import backends, statistics
-from resnet_fused.backends.kernels import Conv, Feedback
-from resnet_fused.testing import assert_as_accurate, max_error
+from resnet_fused.testing import assert_as_accurate
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -47,33 +46,13 @@ def test_odd_sizes(backend: str, rows: tuple[int, int, int], dtype: torch.dtype)
 @pytest.mark.parametrize("delta", [1e-2, 1e-3])
 @every_dtype
 def test_the_input_gradient_of_correlated_channels(backend: str, dtype: torch.dtype, delta: float) -> None:
-    """Few rows, where a rounding of the coupling shows most. Over five draws: stock's errors are a few roundings."""
-    case, shares = Case(delta=delta, rows=(1, 9, 8), channels=(16, 64)), []
-    for seed in range(5):
-        ours, stock, exact = three(case, dtype, seed)
-        shares.append(max_error(ours["dx"], exact["dx"]) / max_error(stock["dx"], exact["dx"]))
-    assert torch.tensor(shares).median() <= 2, shares
+    check_input_gradient(dtype, delta, draws=5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("strided", [False, True])
 def test_the_constant_takes_away_both_parts_of_the_coupling(backend: str, dtype: torch.dtype, strided: bool) -> None:
-    """A large mean of A leaves nothing of itself in dA."""
-    c, k, conv = 16, 24, Conv((2, 2) if strided else (1, 1))
-    a = (30 + torch.randn(2, c, 9, 9)).to(dtype).contiguous(memory_format=torch.channels_last)
-    rows_of_a = a[:, :, :: conv.stride[0], :: conv.stride[1]].permute(0, 2, 3, 1)
-    grad = torch.randn(2, k, *rows_of_a.shape[1:3]).to(dtype).contiguous(memory_format=torch.channels_last)
-    weight, coupling = (0.1 * torch.randn(k, c)).to(dtype), 0.1 * torch.randn(c, c)
-    mean_a, mean_dz = rows_of_a.double().mean((0, 1, 2)), grad.double().mean((0, 2, 3))
-    acc = torch.zeros_like(a) if strided else None
-    feedback = Feedback(a, mean_a.float(), coupling, mean_dz.float())
-    found = backends.get(backend).dgrad_bn_act(grad, None, weight, conv, feedback, acc)
-    found = found[:, :, :: conv.stride[0], :: conv.stride[1]].permute(0, 2, 3, 1)
-    exact = (grad.permute(0, 2, 3, 1).double() - mean_dz) @ weight.double() + (
-        rows_of_a.double() - mean_a
-    ) @ coupling.double()
-    size = rows_of_a.double().abs() @ coupling.double().abs()
-    assert ((found - exact).abs() <= 0.501 * torch.finfo(dtype).eps * exact.abs() + 2.0**-19 * size).all()
+    check_constant(backends.get(backend), dtype, strided)
 
 
 # Flagged channels
@@ -149,7 +128,7 @@ def test_a_rounded_coupling_is_found_out(backend: str, dtype: torch.dtype, monke
     original = statistics.coupling
     monkeypatch.setattr(statistics, "coupling", lambda weight, b: original(weight.float(), b.float()).to(dtype))
     with pytest.raises(AssertionError):
-        test_the_input_gradient_of_correlated_channels(backend, dtype, 1e-3)
+        check_input_gradient(dtype, 1e-3, draws=5)
 
 
 def test_the_recomputation_mends_a_float32_gram(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:

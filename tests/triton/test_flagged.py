@@ -6,13 +6,14 @@ import dataclasses
 
 import pytest
 import torch
-from covariance_cases import sweep, three
+from covariance_cases import check_constant, check_input_gradient, sweep, three
 from gemm_cases import STRIDE, filters, flags, formed, operand
 from poison import poison_allocations
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton import language as tl
 
 import resnet_fused
+from resnet_fused import backends
 from resnet_fused.backends.aten import rows
 from resnet_fused.backends.kernels import Conv, filter_matrix
 from resnet_fused.backends.triton import flagged, launching
@@ -101,6 +102,17 @@ def test_the_plan_is_as_accurate_as_stock(point, dtype):
         ours, stock, exact = three(small(SWEEP[point]), dtype)
     for name, gold in exact.items():
         assert_as_accurate(ours[name], stock[name], gold, slack=2, ulps=4, name=name)
+
+
+def test_the_input_gradient_of_correlated_channels(dtype):
+    with resnet_fused.backend("triton"):
+        check_input_gradient(dtype, 1e-3, draws=3)
+
+
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+def test_the_constant_takes_away_both_parts_of_the_coupling(half, strided):
+    check_constant(backends.get("triton"), half, strided)
 
 
 class NobodyWaits(TorchDispatchMode):
