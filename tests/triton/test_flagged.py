@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from covariance_cases import check_constant, check_input_gradient, sweep, three
+from covariance_cases import Case, check_constant, check_input_gradient, sweep, three
 from gemm_cases import STRIDE, filters, flags, formed, operand
 from poison import poison_allocations
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -102,6 +102,15 @@ def test_the_plan_is_as_accurate_as_stock(point, dtype):
         ours, stock, exact = three(small(SWEEP[point]), dtype)
     for name, gold in exact.items():
         assert_as_accurate(ours[name], stock[name], gold, slack=2, ulps=4, name=name)
+
+
+@pytest.mark.parametrize(("delta", "expected"), [(1.0, 0), (1e-4, 96)])
+def test_which_channels_are_flagged(delta, expected, monkeypatch):
+    found, plain = [], flagged.recompute_statistics
+    monkeypatch.setattr(flagged, "recompute_statistics", lambda *args: found.append(args[3]) or plain(*args))
+    with resnet_fused.backend("triton"):
+        three(small(Case(delta=delta)), torch.bfloat16)
+    assert [int(flags.sum()) for flags in found] == [expected]
 
 
 def test_the_input_gradient_of_correlated_channels(dtype):
