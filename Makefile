@@ -19,7 +19,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 NATIVE_SOURCES := setup.py pyproject.toml $(shell find csrc build_backend -type f -not -path '*/__pycache__/*' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint bench budget demo clean distclean
+.PHONY: help setup test lint bench budget gpu demo clean distclean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -71,6 +71,15 @@ bench: setup  ## ResNet-50 in inference and training, and the processor kernels;
 	$(BIN)/resnet-fused bench --model resnet50 --batch 16 --dtype fp32 bf16 --mode train --providers stock fused \
 	  --repeats 5 --results-file $(RESULTS)/networks_cpu.csv
 	$(BIN)/python benchmarks/bench_bn.py --results-file $(RESULTS)/kernels_cpu.csv
+
+gpu: setup  ## on a GPU: networks and kernels of the Triton backend against float64, then their times; half an hour
+	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make gpu: PyTorch sees no GPU")'
+	RESNET_FUSED_BACKEND=triton $(BIN)/resnet-fused verify --device cuda --model resnet18 resnet50 --dtype fp32 bf16 fp16
+	$(BIN)/python benchmarks/bench_triton.py --results-file $(RESULTS)/kernels_gpu.csv
+	$(BIN)/resnet-fused tune --model resnet50 --configs 8
+	$(BIN)/python benchmarks/bench_triton.py --results-file $(RESULTS)/kernels_gpu.csv
+	RESNET_FUSED_BACKEND=triton $(BIN)/resnet-fused bench --device cuda --model resnet50 --batch 256 --dtype bf16 --mode train \
+	  --results-file $(RESULTS)/networks_gpu.csv
 
 demo: setup  ## ResNet-50 on photographs, then a ResNet-18 trained with stock and with fused blocks; ten minutes at most
 	$(BIN)/resnet-fused bench --model resnet50 --batch 1 16 --dtype fp32 --providers stock fused compile --repeats 5

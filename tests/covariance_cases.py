@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from resnet_fused import functional
+from resnet_fused.backends.kernels import Conv, Feedback, Kernels
+from resnet_fused.testing import max_error
 
 MEANS = (0.0, 1.0, 10.0, 60.0, 1000.0)
 DELTAS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4)
@@ -106,3 +108,31 @@ def sweep() -> dict[tuple[str, str], Case]:
         mean=10, delta=1e-2, gradient_mean=10, gamma="negative", residual=True
     )
     return points
+
+
+def check_input_gradient(dtype: torch.dtype, delta: float, draws: int) -> None:
+    """Of correlated channels, over few rows, where a rounding of the coupling shows most: the error's median over some draws,
+    as stock's own is a few roundings, at most twice that."""
+    case, shares = Case(delta=delta, rows=(1, 9, 8), channels=(16, 64)), []
+    for seed in range(draws):
+        ours, stock, exact = three(case, dtype, seed)
+        shares.append(max_error(ours["dx"], exact["dx"]) / max_error(stock["dx"], exact["dx"]))
+    assert torch.tensor(shares).median() <= 2, shares
+
+
+def check_constant(kernels: Kernels, dtype: torch.dtype, strided: bool) -> None:
+    """``dgrad_bn_act`` in half precision: a large mean of A leaves nothing of itself in dA."""
+    c, k, conv = 16, 24, Conv((2, 2) if strided else (1, 1))
+    a = (30 + torch.randn(2, c, 9, 9)).to(dtype).contiguous(memory_format=torch.channels_last)
+    rows_of_a = a[:, :, :: conv.stride[0], :: conv.stride[1]].permute(0, 2, 3, 1)
+    grad = torch.randn(2, k, *rows_of_a.shape[1:3]).to(dtype).contiguous(memory_format=torch.channels_last)
+    weight, coupling = (0.1 * torch.randn(k, c)).to(dtype), 0.1 * torch.randn(c, c)
+    mean_a, mean_dz = rows_of_a.double().mean((0, 1, 2)), grad.double().mean((0, 2, 3))
+    acc = torch.zeros_like(a) if strided else None
+    feedback = Feedback(a, mean_a.float(), coupling, mean_dz.float())
+    found = kernels.dgrad_bn_act(grad, None, weight, conv, feedback, acc)
+    found = found[:, :, :: conv.stride[0], :: conv.stride[1]].permute(0, 2, 3, 1)
+    exact = (grad.permute(0, 2, 3, 1).double() - mean_dz) @ weight.double()
+    exact += (rows_of_a.double() - mean_a) @ coupling.double()
+    size = rows_of_a.double().abs() @ coupling.double().abs()
+    assert ((found - exact).abs() <= 0.501 * torch.finfo(dtype).eps * exact.abs() + 2.0**-19 * size).all()

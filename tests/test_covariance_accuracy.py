@@ -7,12 +7,12 @@ from unittest import mock
 
 import pytest
 import torch
-from covariance_cases import Case, relative_error, sweep, three
+from covariance_cases import Case, check_constant, check_input_gradient, relative_error, sweep, three
 from torch import Tensor
 
 import resnet_fused
 from resnet_fused import backends, statistics
-from resnet_fused.testing import assert_as_accurate, max_error
+from resnet_fused.testing import assert_as_accurate
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -46,12 +46,13 @@ def test_odd_sizes(backend: str, rows: tuple[int, int, int], dtype: torch.dtype)
 @pytest.mark.parametrize("delta", [1e-2, 1e-3])
 @every_dtype
 def test_the_input_gradient_of_correlated_channels(backend: str, dtype: torch.dtype, delta: float) -> None:
-    """Few rows, where a rounding of the coupling shows most. Over five draws: stock's errors are a few roundings."""
-    case, shares = Case(delta=delta, rows=(1, 9, 8), channels=(16, 64)), []
-    for seed in range(5):
-        ours, stock, exact = three(case, dtype, seed)
-        shares.append(max_error(ours["dx"], exact["dx"]) / max_error(stock["dx"], exact["dx"]))
-    assert torch.tensor(shares).median() <= 2, shares
+    check_input_gradient(dtype, delta, draws=5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("strided", [False, True])
+def test_the_constant_takes_away_both_parts_of_the_coupling(backend: str, dtype: torch.dtype, strided: bool) -> None:
+    check_constant(backends.get(backend), dtype, strided)
 
 
 # Flagged channels
@@ -127,7 +128,7 @@ def test_a_rounded_coupling_is_found_out(backend: str, dtype: torch.dtype, monke
     original = statistics.coupling
     monkeypatch.setattr(statistics, "coupling", lambda weight, b: original(weight.float(), b.float()).to(dtype))
     with pytest.raises(AssertionError):
-        test_the_input_gradient_of_correlated_channels(backend, dtype, 1e-3)
+        check_input_gradient(dtype, 1e-3, draws=5)
 
 
 def test_the_recomputation_mends_a_float32_gram(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import resnet_fused
 from resnet_fused import backends, networks
-from resnet_fused.backends.kernels import Conv, Pending
+from resnet_fused.backends.kernels import Conv, Pending, PendingGrad
 from resnet_fused.backends.triton import bn, conv3x3, pool, products
 from resnet_fused.backends.triton.dispatch import takes
 
@@ -91,6 +91,12 @@ def test_blocks(name: str, training: bool, dtype: torch.dtype) -> None:
     compare(ours, stock, 0.5 * torch.randn(2, BLOCKS[name][1], 7, 6), training, dtype)
 
 
+@pytest.mark.parametrize("name", BLOCKS)
+def test_training_with_cudnns_conv3x3(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends.get("triton"), "own_conv3x3", False)
+    test_blocks(name, True, torch.bfloat16)
+
+
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_a_whole_network(training: bool, dtype: torch.dtype) -> None:
     stock = narrow_network()
@@ -133,6 +139,11 @@ def test_the_kernels_are_the_ones_that_run() -> None:
             for spy in spies:
                 spy.stop()
     assert all(call.called for call in calls), [name for (_, name), call in zip(wanted, calls) if not call.called]
+    # Batch norm's backward has passes of its own only where the kernels of cuDNN stand behind or in front.
+    for name in ("dgrad", "wgrad"):
+        for module in (products, conv3x3):
+            found = calls[wanted.index((module, name))].call_args_list
+            assert any(isinstance(call.args[0], PendingGrad) for call in found), (module, name)
 
 
 def test_what_the_kernels_do_not_take_runs_on_aten() -> None:

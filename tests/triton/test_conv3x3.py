@@ -229,6 +229,17 @@ def test_not_finite_as_stock(dtype: torch.dtype, bad: float) -> None:
     same(conv3x3.wgrad(image(dtype, n, k, h, w), x, SMALL)[:, at[1], 1, 1], torch.full((k,), bad))
 
 
+def test_no_gradient_passes_an_activation_that_was_rounded_to_zero() -> None:
+    """float16 has no positive number below 3e-8."""
+    n, c, h, w, k = 1, 4, 5, 6, 7
+    y, dy = torch.zeros_like(image(torch.float16, n, c, h, w)), image(torch.float16, n, k, h, w)
+    shift = torch.tensor([1e-8, 1e-3, 1e-8, 1e-3])
+    front = Below(y, torch.zeros(c), torch.ones(c), shift, True)
+    dz, sum_dz, _ = conv3x3.dgrad(dy, filters(torch.float16, k, c), front, SMALL)
+    assert not dz[:, ::2].any() and not sum_dz[::2].any()
+    assert dz[:, 1::2].any(1).all()
+
+
 def test_images_do_not_leak_into_each_other(dtype: torch.dtype) -> None:
     n, c, h, w, k = 3, 3, 3, 4, 5
     x, dy, weight = image(dtype, n, c, h, w), image(dtype, n, k, h, w), filters(dtype, k, c)

@@ -30,6 +30,7 @@ from gemm_cases import (
 from poison import guarded, poison_allocations
 from triton import language as tl
 
+from resnet_fused import backends
 from resnet_fused.backends.aten import pack_mask, rows, unpack_mask
 from resnet_fused.backends.kernels import Below, Conv, Pending, Product, filter_matrix
 from resnet_fused.backends.triton import cross, cross_products, gemm, launching, products
@@ -103,7 +104,8 @@ def check_gram(dtype, channels, kind, conv, mean=0.0, size=(7, 11), config=None)
     assert (found_cov.diagonal() >= 0).all()
     second = gold_cov.diagonal() + gold_mean**2 * (dtype != torch.float32)  # what float32 is rounded against
     size_of = second.sqrt().outer(second.sqrt())
-    assert ((found_cov - gold_cov).abs() <= 2.0**-21 * size_of).all()
+    unit = 2.0**-22 if dtype == torch.float32 else backends.get("triton").gram_unit(dtype)
+    assert ((found_cov - gold_cov).abs() <= 2 * unit * size_of).all()
     assert ((found_mean - gold_mean).abs() <= 2.0**-22 * (gold_mean.abs() + second.sqrt())).all()
 
 

@@ -6,13 +6,14 @@ import dataclasses
 
 import pytest
 import torch
-from covariance_cases import sweep, three
+from covariance_cases import Case, check_constant, check_input_gradient, sweep, three
 from gemm_cases import STRIDE, filters, flags, formed, operand
 from poison import poison_allocations
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton import language as tl
 
 import resnet_fused
+from resnet_fused import backends
 from resnet_fused.backends.aten import rows
 from resnet_fused.backends.kernels import Conv, filter_matrix
 from resnet_fused.backends.triton import flagged, launching
@@ -101,6 +102,26 @@ def test_the_plan_is_as_accurate_as_stock(point, dtype):
         ours, stock, exact = three(small(SWEEP[point]), dtype)
     for name, gold in exact.items():
         assert_as_accurate(ours[name], stock[name], gold, slack=2, ulps=4, name=name)
+
+
+@pytest.mark.parametrize(("delta", "expected"), [(1.0, 0), (1e-4, 96)])
+def test_which_channels_are_flagged(delta, expected, monkeypatch):
+    found, plain = [], flagged.recompute_statistics
+    monkeypatch.setattr(flagged, "recompute_statistics", lambda *args: found.append(args[3]) or plain(*args))
+    with resnet_fused.backend("triton"):
+        three(small(Case(delta=delta)), torch.bfloat16)
+    assert [int(flags.sum()) for flags in found] == [expected]
+
+
+def test_the_input_gradient_of_correlated_channels(dtype):
+    with resnet_fused.backend("triton"):
+        check_input_gradient(dtype, 1e-3, draws=3)
+
+
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+def test_the_constant_takes_away_both_parts_of_the_coupling(half, strided):
+    check_constant(backends.get("triton"), half, strided)
 
 
 class NobodyWaits(TorchDispatchMode):

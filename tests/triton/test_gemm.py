@@ -197,6 +197,16 @@ def test_dgrad(dtype, widths, pending_kind, shortcut, below_kind):
     check_dgrad(dtype, widths, pending_kind, shortcut, below_kind)
 
 
+def test_no_gradient_passes_an_activation_that_was_rounded_to_zero():
+    """float16 has no positive number below 3e-8."""
+    grad, y = images(torch.float16, 32), torch.zeros_like(images(torch.float16, 16))
+    shift = torch.tensor([1e-8, 1e-3]).repeat(8)
+    below = Below(y, torch.zeros(16), torch.ones(16), shift, True)
+    dz, sum_dz, _ = products.dgrad(grad, filters(torch.float16, 16, 32), Conv(), (1, 16, 5, 9), below=below)
+    assert not dz[:, ::2].any() and not sum_dz[::2].any()
+    assert dz[:, 1::2].any(1).all()
+
+
 def check_dgrad_bn_act(dtype, widths, masked, feedback_kind, conv, below_kind="", gradient_mean=0.0, config=None):
     c, k = widths
     size = (5, 9) if conv.stride == (1, 1) else (9, 18)
