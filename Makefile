@@ -72,7 +72,7 @@ bench: setup  ## ResNet-50 in inference and training, and the processor kernels;
 	  --repeats 5 --results-file $(RESULTS)/networks_cpu.csv
 	$(BIN)/python benchmarks/bench_bn.py --results-file $(RESULTS)/kernels_cpu.csv
 
-gpu: setup  ## on a GPU: networks and kernels of the Triton backend against float64, then their times; half an hour
+gpu: setup  ## on a GPU: networks and kernels of the Triton backend against float64, then their times
 	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make gpu: PyTorch sees no GPU")'
 	RESNET_FUSED_BACKEND=triton $(BIN)/resnet-fused verify --device cuda --model resnet18 resnet50 --dtype fp32 bf16 fp16
 	$(BIN)/python benchmarks/bench_triton.py --results-file $(RESULTS)/kernels_gpu.csv

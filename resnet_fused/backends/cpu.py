@@ -85,9 +85,9 @@ class CpuKernels(AtenKernels):
         coupling = low = mean_dz = mean_a = shift = None
         if feedback is not None:
             a, mean_dz, mean_a = feedback.a, feedback.mean_dz, feedback.mean_a
-            coupling, low = (g if g is None else g.t() for g in two_parts(feedback.coupling, grad.dtype))
+            coupling, low = two_parts(feedback.coupling.t(), grad.dtype)
             if low is not None:
-                summed = coupling.t().to(mean_a.dtype) + low.t()
+                summed = (coupling.to(mean_a.dtype) + low).t()
                 shift, mean_dz, mean_a = coupling_shift(weight, mean_dz, summed, mean_a), None, None
         if acc is None:
             second = None if a is None or coupling is None else (a, mean_a, coupling, conv, None)

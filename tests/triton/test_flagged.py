@@ -16,7 +16,7 @@ import resnet_fused
 from resnet_fused import backends
 from resnet_fused.backends.aten import rows
 from resnet_fused.backends.kernels import Conv, filter_matrix
-from resnet_fused.backends.triton import flagged, launching
+from resnet_fused.backends.triton import dispatch, flagged, launching
 from resnet_fused.testing import assert_as_accurate
 
 SWEEP = sweep()
@@ -106,8 +106,8 @@ def test_the_plan_is_as_accurate_as_stock(point, dtype):
 
 @pytest.mark.parametrize(("delta", "expected"), [(1.0, 0), (1e-4, 96)])
 def test_which_channels_are_flagged(delta, expected, monkeypatch):
-    found, plain = [], flagged.recompute_statistics
-    monkeypatch.setattr(flagged, "recompute_statistics", lambda *args: found.append(args[3]) or plain(*args))
+    found, plain = [], dispatch.recompute_flagged
+    monkeypatch.setattr(dispatch, "recompute_flagged", lambda *args: found.append(args[3]) or plain(*args))
     with resnet_fused.backend("triton"):
         three(small(Case(delta=delta)), torch.bfloat16)
     assert [int(flags.sum()) for flags in found] == [expected]

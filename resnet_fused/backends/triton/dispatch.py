@@ -29,9 +29,9 @@ from ..kernels import (
     is_pointwise,
 )
 from . import bn, conv3x3, pool, tuning
-from . import flagged as flags
 from . import products as pointwise
 from . import residual as residuals
+from .flagged import recompute_statistics as recompute_flagged
 from .operands import source
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -190,7 +190,7 @@ class TritonKernels(AtenKernels):
     def recompute_statistics(
         self, a: Operand, weight: Tensor, conv: Conv, flagged: Tensor, mean: Tensor, var: Tensor
     ) -> tuple[Tensor, Tensor]:
-        recompute = flags.recompute_statistics if takes(source(a)) else super().recompute_statistics
+        recompute = recompute_flagged if takes(source(a)) else super().recompute_statistics
         return recompute(a, weight, conv, flagged, mean, var)
 
     def fprop_bn_act(

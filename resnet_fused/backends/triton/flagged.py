@@ -9,7 +9,7 @@ from torch import Tensor
 from triton import language as tl
 
 from ..kernels import Conv, Operand, filter_matrix
-from .gemm import add_product, pixels
+from .gemm import product_of
 from .language import wide_moments
 from .launching import matrix, operand, options, output_shape, rows_of, split, strided
 from .merging import merge_moments
@@ -41,27 +41,10 @@ def flagged_moments_kernel(
             for block in tl.range(begin, end):
                 row = tl.cast(block * BLOCK_M, tl.int64)
                 valid_row = tl.arange(0, BLOCK_M) < M - block * BLOCK_M
-                origin, pixel = pixels(row, BLOCK_M, P, Q, H, W, stride_h, stride_w, STRIDED)
-                z = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-                z = add_product(
-                    z,
-                    x,
-                    x_scale,
-                    x_shift,
-                    None,
-                    origin,
-                    pixel,
-                    valid_row,
-                    w,
-                    None,
-                    first,
-                    C,
-                    K,
-                    X_RELU,
-                    True,
-                    BLOCK_N,
-                    BLOCK_K,
-                )
+                z = product_of(
+                    x, x_scale, x_shift, row, valid_row, w, first, C, K, P, Q, H, W, stride_h, stride_w,
+                    X_RELU, STRIDED, BLOCK_N, BLOCK_K,
+                )  # fmt: skip
                 tile_count = tl.minimum(M - block * BLOCK_M, BLOCK_M).to(tl.float32)
                 tile_mean, tile_square = wide_moments(z, valid_row[:, None], tile_count)
                 both = count + tile_count

@@ -183,6 +183,19 @@ def add_product(
 
 
 @triton.jit
+def product_of(
+    x, scale, shift, row, valid_row, w, first, C, K, P, Q, H, W, stride_h, stride_w,
+    RELU: tl.constexpr, STRIDED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The tile of X Wᵀ from output row ``row`` (int64) and column ``first``; w is stored as ``[K, C]``."""
+    origin, pixel = pixels(row, valid_row.shape[0], P, Q, H, W, stride_h, stride_w, STRIDED)
+    z = tl.zeros((valid_row.shape[0], BLOCK_N), tl.float32)
+    return add_product(
+        z, x, scale, shift, None, origin, pixel, valid_row, w, None, first, C, K, RELU, True, BLOCK_N, BLOCK_K
+    )
+
+
+@triton.jit
 def fprop_kernel(
     x,
     x_scale,
@@ -235,51 +248,16 @@ def fprop_kernel(
     local = tl.arange(0, BLOCK_M)
     valid_row = local < M - block * BLOCK_M
     out = first + tl.arange(0, BLOCK_N)
-    origin, pixel = pixels(row, BLOCK_M, P, Q, H, W, stride_h, stride_w, STRIDED)
-    z = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    z = add_product(
-        z,
-        x,
-        x_scale,
-        x_shift,
-        None,
-        origin,
-        pixel,
-        valid_row,
-        w,
-        None,
-        first,
-        C,
-        K,
-        X_RELU,
-        True,
-        BLOCK_N,
-        BLOCK_K,
-    )
+    z = product_of(
+        x, x_scale, x_shift, row, valid_row, w, first, C, K, P, Q, H, W, stride_h, stride_w, X_RELU, STRIDED, BLOCK_N, BLOCK_K
+    )  # fmt: skip
     if y_scale is not None:
         z *= load_vector(y_scale, out, K)
     if x2 is not None:
-        origin, pixel = pixels(row, BLOCK_M, P, Q, H2, W2, stride2_h, stride2_w, STRIDED2)
-        z2 = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        z2 = add_product(
-            z2,
-            x2,
-            x2_scale,
-            x2_shift,
-            None,
-            origin,
-            pixel,
-            valid_row,
-            w2,
-            None,
-            first,
-            C2,
-            K,
-            X2_RELU,
-            True,
-            BLOCK_N,
-            BLOCK_K,
-        )
+        z2 = product_of(
+            x2, x2_scale, x2_shift, row, valid_row, w2, first, C2, K, P, Q, H2, W2, stride2_h, stride2_w,
+            X2_RELU, STRIDED2, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
         if y2_scale is not None:
             z2 *= load_vector(y2_scale, out, K)
         z += z2
@@ -288,17 +266,16 @@ def fprop_kernel(
     if residual is not None:
         z += load_tile(residual, row, local, valid_row, first, K, BLOCK_N).to(tl.float32)
     z = rounded(z, y).to(tl.float32)
-    store_tile(y, relu(z) if RELU else z, row, local, valid_row, first, K)
+    activated = relu(z) if RELU else z
+    store_tile(y, activated, row, local, valid_row, first, K)
     if mask is not None:
         store_mask(mask + row * (K // 8), local, first, K, passes(z), valid_row, BLOCK_N)
-    if RELU:
-        z = relu(z)
     if partials is not None:
         count = tl.minimum(M - block * BLOCK_M, BLOCK_M).to(tl.float32)
         if partials.dtype.element_ty == tl.float64:
-            mean, square = wide_moments(z, valid_row[:, None], count)
+            mean, square = wide_moments(activated, valid_row[:, None], count)
         else:
-            mean, square = tile_moments(z, valid_row[:, None], count)
+            mean, square = tile_moments(activated, valid_row[:, None], count)
         tl.store(partials + 2 * block * K + out, mean, mask=out < K)
         tl.store(partials + (2 * block + 1) * K + out, square, mask=out < K)
 
