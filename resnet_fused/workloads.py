@@ -1,7 +1,7 @@
 """The workloads of a network: which launches of the ``triton`` backend a training step or an inference makes.
 
 The network runs once on the meta device. Its operators are met on their way to PyTorch's shape functions, and their plans run
-with a backend that records instead of computing (``backends.triton.recorder``). It takes about a second, and no GPU.
+with a backend that records instead of computing (``backends.triton.recorder``). It takes no GPU.
 """
 
 from __future__ import annotations
