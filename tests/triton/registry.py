@@ -48,7 +48,8 @@ class Kernel:
     on behind a descriptor of tiles ``[BLOCK_M, BLOCK_K]``, "1" being an axis of one, unless there is the flag after "!". After
     "?" the flags, any of which makes the tensor be there.
     ``variants``: flags that are set, or "FLAG=value". The first is checked by the default suite on sm_90, the last on others.
-    ``fixed``, ``float32``, ``half``: flags of every variant, and of those of a dtype.
+    ``fixed``, ``float32``, ``half``: flags of every variant, and of those of a dtype (``float32`` but for "tf32" products).
+    ``exact``: a flag with which products that would be TF32 are three of them, "tf32x3"; "*": any variant.
     ``own_configs``: the module has a configuration for each size of an element; others are chosen by shape.
     """
 
@@ -60,16 +61,26 @@ class Kernel:
     fixed: str = ""
     float32: str = ""
     half: str = ""
+    exact: str = ""
     own_configs: bool = False  # the module's CONFIGS, whatever the shape
 
+    def precision(self, variant: str, dtype: str) -> str:
+        if dtype != "tf32":
+            return "ieee"
+        return "tf32x3" if self.exact == "*" or self.exact in variant.split() else "tf32"
+
     def case(self, variant: str, dtype: str, arch: int, config: Any) -> Case:
-        short = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[dtype]
-        full = dtype == "float32"
+        short = {"bfloat16": "bf16", "float16": "fp16"}.get(dtype, "fp32")
+        full = short == "fp32"
         words = {"T": "*" + short, "f": "*fp32", "d": "*fp64", "p": "*fp64" if full else "*fp32", "u8": "*u8"}
         words |= {"i": "i32", "i16": "i32:16"}
         constants: dict[str, Any] = {f"BLOCK_{axis}": getattr(config, f"block_{axis.lower()}") for axis in "MNK"}
         constants["BLOCK"] = 8 * 32 * config.warps  # of kernels that see no matrix: eight elements a thread
-        for flag in f"{self.fixed} {self.float32 if full else self.half} {variant}".split():
+        extra = self.float32 if full else self.half
+        if multiplies(self.name) and not self.own_configs:
+            constants["PRECISION"] = self.precision(variant, dtype)
+            extra = "" if constants["PRECISION"] == "tf32" else extra
+        for flag in f"{self.fixed} {extra} {variant}".split():
             name, _, value = flag.partition("=")
             constants[name] = int(value) if value else True
         types = {}
@@ -128,18 +139,19 @@ REGISTRY = (
     Kernel(
         "fprop1x1", "gemm", "fprop_kernel", _FPROP1X1,
         ("PENDING X_RELU NORM RESIDUAL MASK RELU", "PENDING X_RELU NORM DUAL STRIDED2 MASK RELU", "PENDING X_RELU STATS", ""),
+        exact="NORM",
     ),
     Kernel("flagged1x1", "flagged", "flagged_moments_kernel", _FLAGGED, ("PENDING X_RELU",), own_configs=True),
     Kernel(
         "dgrad1x1", "gemm", "dgrad_kernel", _DGRAD1X1,
         ("MASK FEEDBACK A_RELU BELOW BELOW_RELU", "GRAD BELOW BELOW_RELU", "GRAD RESIDUAL", ""),
-        fixed="K_ALIGNED C_ALIGNED", float32="CENTRED", half="CONSTANT LOW",
+        fixed="K_ALIGNED C_ALIGNED", float32="CENTRED", half="CONSTANT LOW", exact="FEEDBACK",
     ),
     Kernel(
         "wgrad1x1", "cross", "wgrad_kernel", _WGRAD1X1, ("MASK PENDING A_RELU", "GRAD PENDING A_RELU", ""),
-        fixed="K_ALIGNED", float32="COMPENSATED CENTRED",
+        fixed="K_ALIGNED", float32="COMPENSATED CENTRED", exact="MASK",
     ),
-    Kernel("gram", "cross", "gram_kernel", _GRAM, ("PENDING RELU",), float32="COMPENSATED"),
+    Kernel("gram", "cross", "gram_kernel", _GRAM, ("PENDING RELU",), float32="COMPENSATED", exact="*"),
     Kernel("fprop3x3", "conv3x3", "conv3x3_kernel", _CONV3X3.format("N1K"), ("PENDING RELU STATS", ""), float32="PLAIN"),
     Kernel(
         "dgrad3x3", "conv3x3", "conv3x3_kernel", _CONV3X3.format("K1N"), ("GRAD BELOW BELOW_RELU", ""), fixed="BACKWARD",

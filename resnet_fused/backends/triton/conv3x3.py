@@ -9,7 +9,7 @@ The loop over taps is unrolled: a flat loop over taps and channels that divides 
 eight warps (https://github.com/pytorch/pytorch/issues/173068).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -20,7 +20,18 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..kernels import Below, Conv, Gradient, Operand, PendingGrad
 from .gemm import load_gradient, load_operand
 from .language import load_tile, load_vector, passes, rounded, store_tile, tile_moments
-from .launching import described, empty, front, gradient, operand, options, rows_of, split
+from .launching import (
+    described,
+    empty,
+    front,
+    gradient,
+    operand,
+    options,
+    precision_flag,
+    product_precision,
+    rows_of,
+    split,
+)
 from .merging import merge_moments, merge_sums
 from .tuning import Config, choose
 
@@ -81,7 +92,7 @@ def conv3x3_kernel(
     filters, out, partials,
     below, below_mean, below_scale, below_shift,
     M, H, W, C, K,
-    RELU: tl.constexpr, BACKWARD: tl.constexpr, BELOW_RELU: tl.constexpr,
+    RELU: tl.constexpr, BACKWARD: tl.constexpr, BELOW_RELU: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """``out[m, k] = Σ_{tap, c} operand[m + offset(tap), c] · filter(tap)[c, k]``: a tile ``[BLOCK_M, BLOCK_N]`` per program.
@@ -109,7 +120,7 @@ def conv3x3_kernel(
         for c0 in tl.range(0, C, BLOCK_K):
             operand = load_shifted(x, scale, shift, y, mean, a, b, c, row, inside, c0, C, RELU, BLOCK_K)
             taps = load_tap(filters, tap, c0, n0, C, K, BACKWARD, BLOCK_N, BLOCK_K)
-            acc = tl.dot(operand, taps, acc, input_precision="ieee")
+            acc = tl.dot(operand, taps, acc, input_precision=PRECISION)
 
     row = first.to(tl.int64)
     local = tl.arange(0, BLOCK_M)
@@ -138,7 +149,8 @@ def wgrad3x3_kernel(
     dz, y, y_mean, y_a, y_b, y_c,
     x, scale, shift, partials,
     M, H, W, C, K, ROWS,
-    RELU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    RELU: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """``partials[split, k, tap, c] = Σ_m dy[m, k] · a[m + offset(tap), c]`` over the ROWS rows of a split.
 
@@ -169,7 +181,7 @@ def wgrad3x3_kernel(
         g = load_shifted(dz, None, None, y, y_mean, y_a, y_b, y_c, row, inside, k0, K, False, BLOCK_N)
         row += down * W + right
         a = load_shifted(x, scale, shift, None, None, None, None, None, row, inside, c0, C, RELU, BLOCK_K)
-        acc = tl.dot(tl.trans(g), a, acc, input_precision="ieee")
+        acc = tl.dot(tl.trans(g), a, acc, input_precision=PRECISION)
         pixel += step_pixels
         line += step_lines + (pixel >= W).to(tl.int32)
         pixel = tl.where(pixel >= W, pixel - W, pixel)
@@ -182,9 +194,17 @@ def wgrad3x3_kernel(
     tl.store(to, acc, mask=(k < K)[:, None] & (c < C)[None, :])
 
 
-def _described(t: Tensor | None, *tile: int) -> Tensor | TensorDescriptor | None:
-    # In float32 some of these kernels would spill: without tensor cores they multiply from registers.
-    return described(t, *tile) if t is not None and t.itemsize == 2 else t
+Described = Callable[..., Tensor | TensorDescriptor | None]
+
+
+def _tensor_access(dtype: torch.dtype, precision: str) -> Described:
+    """``described``, or what leaves tensors as they are."""
+    # Without tensor cores kernels multiply from registers, and some of these would spill.
+    return (lambda t, *tile: t) if dtype == torch.float32 and precision == "ieee" else described
+
+
+def _asked(m: int, c: int, k: int, h: int, w: int, precision: str) -> dict[str, int]:
+    return {"m": m, "c": c, "k": k, "h": h, "w": w} | precision_flag(precision)
 
 
 def supports(x: Tensor, weight: Tensor, conv: Conv) -> bool:
@@ -255,17 +275,19 @@ def wgrad(dy: Gradient, a: Operand, config: Config | None = None) -> Tensor:
     dz, *pending = _unmasked(dy)
     x, scale, shift, relu = operand(a)
     (_, c, h, w), k, m = x.shape, dz.shape[1], rows_of(x.shape)
+    precision = product_precision(x, exact=False)
     if config is None:
-        config = choose("wgrad3x3", {"m": m, "c": c, "k": k, "h": h, "w": w}, x.dtype, x.device)
+        config = choose("wgrad3x3", _asked(m, c, k, h, w, precision), x.dtype, x.device)
     tiles = 9 * triton.cdiv(k, config.block_n) * triton.cdiv(c, config.block_k)
     splits, chunks = split(m, tiles, config.block_m, x.device)
     partials = torch.empty(splits, k, 9, c, dtype=torch.float32, device=x.device)
     y, *coefficients = pending
     gradient_tile, operand_tile = (config.block_m, config.block_n), (config.block_m, config.block_k)
+    access = _tensor_access(x.dtype, precision)
     wgrad3x3_kernel[(tiles, splits)](
-        _described(dz, *gradient_tile), _described(y, *gradient_tile), *coefficients,
-        _described(x, *operand_tile), scale, shift, partials, m, h, w, c, k, chunks * config.block_m,
-        RELU=relu, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, **options(config),
+        access(dz, *gradient_tile), access(y, *gradient_tile), *coefficients,
+        access(x, *operand_tile), scale, shift, partials, m, h, w, c, k, chunks * config.block_m,
+        RELU=relu, PRECISION=precision, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, **options(config),
     )  # fmt: skip
     return partials.sum(0).view(k, 3, 3, c).permute(0, 3, 1, 2)
 
@@ -294,9 +316,10 @@ def _convolve(
     else:
         x, scale, shift, relu = operand(a)
     (n, c, h, w), k, m = x.shape, weight.shape[1 if backward else 0], rows_of(x.shape)
+    precision = product_precision(x, exact=False)
     if config is None:
-        shape = {"m": m, "c": k if backward else c, "k": c if backward else k, "h": h, "w": w}
-        config = choose(kernel, shape, x.dtype, x.device)
+        asked = _asked(m, k if backward else c, c if backward else k, h, w, precision)
+        config = choose(kernel, asked, x.dtype, x.device)
     tiles = triton.cdiv(m, config.block_m)
     out = empty(x, (n, k, h, w))
     partials = None
@@ -307,12 +330,13 @@ def _convolve(
     filters = weight.permute(0, 2, 3, 1).contiguous().flatten(1, 2)
     y, *coefficients = pending
     below_y, *below_vectors = front(below, x, out.shape)
+    access = _tensor_access(x.dtype, precision)
     conv3x3_kernel[(tiles * triton.cdiv(k, config.block_n),)](
-        _described(x, *operand_tile), scale, shift, _described(y, *operand_tile), *coefficients,
-        _described(filters, *filter_tile), _described(out, *out_tile), partials,
-        _described(below_y, *out_tile), *below_vectors,
+        access(x, *operand_tile), scale, shift, access(y, *operand_tile), *coefficients,
+        access(filters, *filter_tile), access(out, *out_tile), partials,
+        access(below_y, *out_tile), *below_vectors,
         m, h, w, c, k,
         RELU=relu, BACKWARD=backward, BELOW_RELU=below is not None and below.relu,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, **options(config),
+        PRECISION=precision, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, **options(config),
     )  # fmt: skip
     return out, partials, config.block_m

@@ -65,6 +65,7 @@ def wgrad_kernel(
     STRIDED: tl.constexpr,
     K_ALIGNED: tl.constexpr,
     COMPENSATED: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -94,7 +95,7 @@ def wgrad_kernel(
         x = load_operand(a, a_scale, a_shift, centre, origin, pixel, valid, first_c, C, A_RELU, BLOCK_K)
         if a_scale is not None or centre is not None:
             x = tl.where(valid[:, None], x, 0.0)
-        high, low = add_chunk(high, low, tl.dot(tl.trans(g), x, input_precision="ieee"), COMPENSATED)
+        high, low = add_chunk(high, low, tl.dot(tl.trans(g), x, input_precision=PRECISION), COMPENSATED)
         if sums is not None:
             sum_high, sum_low = add_exactly(sum_high, sum_low, tl.sum(g.to(tl.float32), 0))
     inside = (k < K)[:, None] & (c < C)[None, :]
@@ -128,6 +129,7 @@ def gram_kernel(
     RELU: tl.constexpr,
     STRIDED: tl.constexpr,
     COMPENSATED: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -200,7 +202,7 @@ def gram_kernel(
         if scale is not None or centres is not None:
             a = tl.where(valid[:, None], a, 0.0)
             b = tl.where(valid[:, None], b, 0.0)
-        high, low = add_chunk(high, low, tl.dot(tl.trans(a), b, input_precision="ieee"), COMPENSATED)
+        high, low = add_chunk(high, low, tl.dot(tl.trans(a), b, input_precision=PRECISION), COMPENSATED)
         sum_high, sum_low = add_exactly(sum_high, sum_low, tl.sum(a.to(tl.float32), 0))
     at = (split.to(tl.int64) * C + ci)[:, None] * C + cj[None, :]
     inside = (ci < C)[:, None] & (cj < C)[None, :]

@@ -18,6 +18,7 @@ from .launching import (
     options,
     output_shape,
     partial_dtype,
+    product_precision,
     rows_of,
     shape_of,
     split,
@@ -44,13 +45,14 @@ def _wgrad(
     if output_shape(x, k, conv) != tuple(dz.shape) or x.dtype != dz.dtype:
         raise ValueError(f"expected the gradient of {conv} of {tuple(x.shape)}, got {tuple(dz.shape)}")
     rows = rows_of(dz.shape)
+    precision = product_precision(x, exact=centre is not None)
     if config is None:
         flags = {
             "pending": x_scale is not None,
             "pending_grad": isinstance(dy, PendingGrad),
             "masked": mask is not None,
         }
-        config = choose("wgrad1x1", shape_of(rows, c, k, conv, **flags), x.dtype, x.device)
+        config = choose("wgrad1x1", shape_of(rows, c, k, conv, precision, **flags), x.dtype, x.device)
     tiles = triton.cdiv(k, config.block_n) * triton.cdiv(c, config.block_k)
     splits, chunks = split(rows, tiles, config.block_m, x.device)
     partials = x.new_empty((splits, k, c), dtype=partial_dtype(x.dtype))
@@ -78,7 +80,8 @@ def _wgrad(
         A_RELU=x_relu,
         STRIDED=strided(conv),
         K_ALIGNED=k % 8 == 0,
-        COMPENSATED=x.dtype == torch.float32,
+        COMPENSATED=x.dtype == torch.float32 and precision != "tf32",
+        PRECISION=precision,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
@@ -141,8 +144,10 @@ def gram(a: Operand, conv: Conv, config: Config | None = None) -> tuple[Tensor, 
     if not rows:
         nan = x.new_full((c,), float("nan"), dtype=torch.float64)
         return nan, nan.expand(c, c).contiguous()
+    precision = product_precision(x, exact=True)
     if config is None:
-        config = choose("gram", shape_of(rows, c, c, conv, pending=scale is not None), x.dtype, x.device)
+        shape_asked = shape_of(rows, c, c, conv, precision, pending=scale is not None)
+        config = choose("gram", shape_asked, x.dtype, x.device)
     if config.block_n != config.block_k:
         raise ValueError(f"config: expected square tiles, got {config}")
     side = triton.cdiv(c, config.block_n)
@@ -166,6 +171,7 @@ def gram(a: Operand, conv: Conv, config: Config | None = None) -> tuple[Tensor, 
         RELU=relu,
         STRIDED=strided(conv),
         COMPENSATED=x.dtype == torch.float32,
+        PRECISION=precision,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         **options(config),

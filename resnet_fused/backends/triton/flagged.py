@@ -43,7 +43,7 @@ def flagged_moments_kernel(
                 valid_row = tl.arange(0, BLOCK_M) < M - block * BLOCK_M
                 z = product_of(
                     x, x_scale, x_shift, row, valid_row, w, first, C, K, P, Q, H, W, stride_h, stride_w,
-                    X_RELU, STRIDED, BLOCK_N, BLOCK_K,
+                    X_RELU, STRIDED, "ieee", BLOCK_N, BLOCK_K,
                 )  # fmt: skip
                 tile_count = tl.minimum(M - block * BLOCK_M, BLOCK_M).to(tl.float32)
                 tile_mean, tile_square = wide_moments(z, valid_row[:, None], tile_count)

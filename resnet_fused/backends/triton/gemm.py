@@ -169,29 +169,47 @@ def add_product(
     K,
     RELU: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """``acc`` plus the operand's rows times the columns from ``out`` of the matrix w ``[C, K]``, or of w + low."""
     for c in tl.range(0, C, BLOCK_K):
         a = load_operand(x, scale, shift, centre, origin, pixel, valid_row, c, C, RELU, BLOCK_K)
-        acc = tl.dot(a, load_filter(w, c, out, C, K, TRANSPOSED, BLOCK_K, BLOCK_N), acc, input_precision="ieee")
+        acc = tl.dot(a, load_filter(w, c, out, C, K, TRANSPOSED, BLOCK_K, BLOCK_N), acc, input_precision=PRECISION)
         if low is not None:
             b = load_filter(low, c, out, C, K, TRANSPOSED, BLOCK_K, BLOCK_N)
-            acc = tl.dot(a, b, acc, input_precision="ieee")
+            acc = tl.dot(a, b, acc, input_precision=PRECISION)
     return acc
 
 
 @triton.jit
 def product_of(
     x, scale, shift, row, valid_row, w, first, C, K, P, Q, H, W, stride_h, stride_w,
-    RELU: tl.constexpr, STRIDED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    RELU: tl.constexpr, STRIDED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The tile of X Wᵀ from output row ``row`` (int64) and column ``first``; w is stored as ``[K, C]``."""
     origin, pixel = pixels(row, valid_row.shape[0], P, Q, H, W, stride_h, stride_w, STRIDED)
     z = tl.zeros((valid_row.shape[0], BLOCK_N), tl.float32)
     return add_product(
-        z, x, scale, shift, None, origin, pixel, valid_row, w, None, first, C, K, RELU, True, BLOCK_N, BLOCK_K
+        z,
+        x,
+        scale,
+        shift,
+        None,
+        origin,
+        pixel,
+        valid_row,
+        w,
+        None,
+        first,
+        C,
+        K,
+        RELU,
+        True,
+        PRECISION,
+        BLOCK_N,
+        BLOCK_K,
     )
 
 
@@ -231,6 +249,7 @@ def fprop_kernel(
     STRIDED: tl.constexpr,
     STRIDED2: tl.constexpr,
     RELU: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -249,14 +268,15 @@ def fprop_kernel(
     valid_row = local < M - block * BLOCK_M
     out = first + tl.arange(0, BLOCK_N)
     z = product_of(
-        x, x_scale, x_shift, row, valid_row, w, first, C, K, P, Q, H, W, stride_h, stride_w, X_RELU, STRIDED, BLOCK_N, BLOCK_K
+        x, x_scale, x_shift, row, valid_row, w, first, C, K, P, Q, H, W, stride_h, stride_w,
+        X_RELU, STRIDED, PRECISION, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     if y_scale is not None:
         z *= load_vector(y_scale, out, K)
     if x2 is not None:
         z2 = product_of(
             x2, x2_scale, x2_shift, row, valid_row, w2, first, C2, K, P, Q, H2, W2, stride2_h, stride2_w,
-            X2_RELU, STRIDED2, BLOCK_N, BLOCK_K,
+            X2_RELU, STRIDED2, PRECISION, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         if y2_scale is not None:
             z2 *= load_vector(y2_scale, out, K)
@@ -321,6 +341,7 @@ def dgrad_kernel(
     ACCUMULATE: tl.constexpr,
     K_ALIGNED: tl.constexpr,
     C_ALIGNED: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -347,7 +368,7 @@ def dgrad_kernel(
         g = load_gradient(
             dz, mask, mean_dz, y, y_mean, y_a, y_b, y_c, row, valid_row, k, K, BLOCK_K, K_ALIGNED
         )  # fmt: skip
-        da = tl.dot(g, load_filter(w, k, first, K, C, False, BLOCK_K, BLOCK_N), da, input_precision="ieee")
+        da = tl.dot(g, load_filter(w, k, first, K, C, False, BLOCK_K, BLOCK_N), da, input_precision=PRECISION)
     if a is not None:
         da = add_product(
             da,
@@ -365,6 +386,7 @@ def dgrad_kernel(
             C,
             A_RELU,
             False,
+            PRECISION,
             BLOCK_N,
             BLOCK_K,
         )

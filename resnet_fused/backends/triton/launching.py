@@ -52,6 +52,18 @@ def rows_of(shape: Sequence[int]) -> int:
     return rows
 
 
+def product_precision(x: Tensor, exact: bool) -> str:
+    """How float32 is multiplied: as in PyTorch's convolutions, whose setting ``torch.backends.cudnn.conv.fp32_precision`` counts.
+
+    "ieee": exactly, without tensor cores; also the answer for other dtypes. "tf32": operands lose 13 bits. "tf32x3", in its
+    place if ``exact``: operands in two parts and three products, for what meets statistics that were not computed from it.
+    """
+    on_gpu = x.is_meta or (x.is_cuda and describe(x.device).arch >= 80)
+    if x.dtype != torch.float32 or not on_gpu or torch.backends.cudnn.conv.fp32_precision != "tf32":
+        return "ieee"
+    return "tf32x3" if exact else "tf32"
+
+
 def strided(conv: Conv) -> bool:
     return tuple(conv.stride) != (1, 1)
 
@@ -69,9 +81,15 @@ def operand(a: Operand) -> tuple[Tensor, Tensor | None, Tensor | None, bool]:
     return check_dense(a), None, None, False
 
 
-def shape_of(rows: int, c: int, k: int, conv: Conv, **flags: bool) -> dict[str, int]:
+def precision_flag(precision: str) -> dict[str, int]:
+    """Of a shape, for ``cost.precision_of``."""
+    return {} if precision == "ieee" else {precision: 1}
+
+
+def shape_of(rows: int, c: int, k: int, conv: Conv, precision: str, **flags: bool) -> dict[str, int]:
     """What a configuration depends on."""
-    return {"m": rows, "c": c, "k": k, "stride": max(conv.stride)} | {name: int(on) for name, on in flags.items()}
+    asked = {"m": rows, "c": c, "k": k, "stride": max(conv.stride)} | {name: int(on) for name, on in flags.items()}
+    return asked | precision_flag(precision)
 
 
 def described(t: Tensor | None, *tile: int) -> Tensor | TensorDescriptor | None:

@@ -29,6 +29,7 @@ from .launching import (
     options,
     output_shape,
     partial_dtype,
+    product_precision,
     rows_of,
     shape_of,
     strided,
@@ -68,9 +69,12 @@ def _fprop(
         y2_scale, of_second = vector(second.scale), (*x2.shape[1:], *second.conv.stride)
     if residual is not None:
         check("residual", residual, x, shape)
+    # With a scale the statistics of the product came from the covariance of its operand.
+    precision = product_precision(x, exact=any(product.scale is not None for product in products))
     if config is None:
         flags = {"pending": x_scale is not None, "dual": second is not None, "residual": residual is not None}
-        config = choose("fprop1x1", shape_of(rows, c, k, first.conv, **flags, stats=stats), x.dtype, x.device)
+        asked = shape_of(rows, c, k, first.conv, precision, **flags, stats=stats)
+        config = choose("fprop1x1", asked, x.dtype, x.device)
     y = empty(x, shape)
     mask = new_mask(y) if save_mask else no_mask(y)
     partials = x.new_empty((triton.cdiv(rows, config.block_m), 2, k), dtype=partial_dtype(x.dtype)) if stats else None
@@ -106,6 +110,7 @@ def _fprop(
             STRIDED=is_strided,
             STRIDED2=is_strided2,
             RELU=relu,
+            PRECISION=precision,
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             BLOCK_K=config.block_k,
@@ -190,10 +195,11 @@ def _dgrad(
             low, mean_dz, mean_a = low.contiguous(), None, None
     if residual is not None:
         check("residual", residual, dz, dx.shape)
+    precision = product_precision(dz, exact=feedback is not None)
     if config is None:
         flags = {"pending": isinstance(dy, PendingGrad), "masked": mask is not None, "feedback": feedback is not None}
         flags |= {"residual": residual is not None, "below": below is not None}
-        config = choose("dgrad1x1", shape_of(rows, c, k, conv, **flags), dz.dtype, dz.device)
+        config = choose("dgrad1x1", shape_of(rows, c, k, conv, precision, **flags), dz.dtype, dz.device)
     partials = None
     if below is not None:
         partials = dz.new_empty((triton.cdiv(rows, config.block_m), 2, c), dtype=torch.float32)
@@ -234,6 +240,7 @@ def _dgrad(
             ACCUMULATE=accumulate,
             K_ALIGNED=k % 8 == 0,
             C_ALIGNED=c % 8 == 0,
+            PRECISION=precision,
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             BLOCK_K=config.block_k,
