@@ -222,11 +222,11 @@ def csv_rows(
 
 def run_measured(counts: Iterable[Any], mode: str, repeats: int, results_file: str | None) -> int:
     """Check and time every launch; rows are appended as they come. 1 when an answer was wrong."""
-    from resnet_fused.backends.triton import cost
+    from resnet_fused.backends.triton import devices
     from resnet_fused.backends.triton.trial import Clock
 
     device = tune.gpu_to_measure()
-    gpu, clock = cost.describe(device), Clock(device)
+    gpu, clock = devices.describe(device), Clock(device)
     made: list[dict[str, Any]] = []
     wrong, todo = 0, list(counts)
     with progress_bar() as progress:
@@ -264,11 +264,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if importlib.util.find_spec("triton") is None:
         parser.error("Triton is not installed: pip install resnet_fused[triton]")
-    from resnet_fused.backends.triton import cost
+    from resnet_fused.backends.triton import devices
     from resnet_fused.workloads import workloads
 
-    if options.gpu not in cost.DEVICES:
-        parser.error(f"--gpu: expected one of {', '.join(cost.DEVICES)}, got {options.gpu!r}")
+    if options.gpu not in devices.DEVICES:
+        parser.error(f"--gpu: expected one of {', '.join(devices.DEVICES)}, got {options.gpu!r}")
     with torch.device("meta"):
         network = models.BUILDERS[options.model]()
     dtype = networks.DTYPES[options.dtype]
@@ -276,7 +276,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     kernels = [kernel for family in options.family for kernel in FAMILIES[family]]
     counts = {workload: count for workload, count in counts.items() if workload.kernel in kernels}
     if not torch.cuda.is_available():
-        print_predicted(counts, cost.DEVICES[options.gpu])
+        print_predicted(counts, devices.DEVICES[options.gpu])
         return 0
     try:
         return run_measured(counts, options.mode, options.repeats, options.results_file)

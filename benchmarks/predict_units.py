@@ -5,7 +5,7 @@ A unit's time is the sum over its passes (``unit_passes`` says which, and what i
     bound      = max(bytes / bandwidth, flop / rate)
     predicted  = bound; for a launch of ours ``cost.predict`` of its first-ranked configuration, but no less than the bound
 
-with the rates of ``cost.DEVICES``, which are reached, not advertised. cuDNN's convolutions and the pointwise kernels of eager
+with the rates of ``devices.DEVICES``, which are reached, not advertised. cuDNN's convolutions and the pointwise kernels of eager
 and of inductor get their bound: every advantage.
 """
 
@@ -24,7 +24,7 @@ from network_units import Network, Unit, read_network
 from unit_passes import PLANS, Pass, passes
 
 from resnet_fused.arguments import Parser, image_size, one_of, positive
-from resnet_fused.backends.triton import cost
+from resnet_fused.backends.triton import cost, devices
 from resnet_fused.console import print_table
 from resnet_fused.info import commit
 from resnet_fused.networks import BUILDERS, DTYPES
@@ -54,8 +54,8 @@ class Setting:
     covariance: str = "auto"
 
     @property
-    def device(self) -> cost.Device:
-        return cost.DEVICES[self.gpu]
+    def device(self) -> devices.Device:
+        return devices.DEVICES[self.gpu]
 
     def read(self) -> Network:
         with choice.covariance(self.covariance):
@@ -360,7 +360,7 @@ def main() -> None:
     parser.add_argument("--batch", default=256, type=positive)
     parser.add_argument("--image-size", default=224, type=image_size)
     parser.add_argument("--dtype", default="bf16", type=one_of("dtype", ("bf16", "fp16")))
-    parser.add_argument("--gpu", default="H200", type=one_of("GPU", tuple(cost.DEVICES)))
+    parser.add_argument("--gpu", default="H200", type=one_of("GPU", tuple(devices.DEVICES)))
     parser.add_argument(
         "--covariance", default="auto", type=one_of("plan", choice.CHOICES), help="resnet_fused.covariance"
     )

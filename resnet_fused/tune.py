@@ -15,7 +15,7 @@ from . import backends, models, networks
 from .console import UsageError, print_table, progress_bar, warn
 
 if TYPE_CHECKING:  # Triton may be absent
-    from .backends.triton import cost
+    from .backends.triton import devices
     from .backends.triton.recorder import Workload
     from .backends.triton.trial import Clock, Trial
     from .backends.triton.tuning import Config, Entry
@@ -59,7 +59,7 @@ class Group:
         return sum(count * of(workload) for workload, count in self.members.items()) / sum(self.members.values())
 
 
-def groups(counts: Iterable[tuple[Workload, int]], gpu: cost.Device, kernels: Sequence[str] | None) -> list[Group]:
+def groups(counts: Iterable[tuple[Workload, int]], gpu: devices.Device, kernels: Sequence[str] | None) -> list[Group]:
     """By entry of the table, in the order of their first workload; of ``kernels`` only (None: of all)."""
     from .backends.triton.tuning import entry_key
 
@@ -73,7 +73,7 @@ def groups(counts: Iterable[tuple[Workload, int]], gpu: cost.Device, kernels: Se
 
 def tune_group(
     group: Group,
-    gpu: cost.Device,
+    gpu: devices.Device,
     device: torch.device,
     clock: Clock,
     path: Path | None,
@@ -119,7 +119,7 @@ def describe_config(config: Config) -> str:
     return f"{config.block_m}×{config.block_n}×{config.block_k} w{config.warps} s{config.stages}"
 
 
-def _row(group: Group, entry: Entry, gpu: cost.Device) -> list[str]:
+def _row(group: Group, entry: Entry, gpu: devices.Device) -> list[str]:
     from .backends.triton import cost
 
     first = group.first
@@ -144,7 +144,7 @@ def _counts(
 
 def tune_all(
     todo: Sequence[Group],
-    gpu: cost.Device,
+    gpu: devices.Device,
     device: torch.device,
     clock: Clock,
     path: Path | None,
@@ -192,18 +192,18 @@ def run(
     Args as those of the command; ``most``: its ``--configs``, see ``tune_group``.
     """
     device = gpu_to_measure()
-    from .backends.triton import cost, tuning
+    from .backends.triton import configs, devices, tuning
     from .backends.triton.trial import Clock
 
     for name in kernels or ():
-        if name not in cost.KERNELS:
-            raise UsageError(f"--kernel: unknown kernel {name!r}, expected one of {', '.join(cost.KERNELS)}")
+        if name not in configs.KERNELS:
+            raise UsageError(f"--kernel: unknown kernel {name!r}, expected one of {', '.join(configs.KERNELS)}")
     path = tuning.user_table() if table is None else Path(table).expanduser()
     if path.is_dir():
         raise UsageError(f"--table: {path} is a folder")
     if mode == "train" and batch * (image_size // 32) ** 2 < 2:
         raise UsageError("training needs more than one value per channel: a larger --batch or --image-size")
-    gpu = cost.describe(device)
+    gpu = devices.describe(device)
     counts = [pair for dtype in dtypes for pair in _counts(names, batch, image_size, dtype, mode == "train")]
     todo = groups(counts, gpu, kernels)
     if not todo:

@@ -75,7 +75,7 @@ def flagged_by(call: Callable[[], object], kernels: type) -> list[int]:
 @pytest.mark.parametrize(("case", "expected"), [(Case(), 0), (Case(mean=1), 0), (Case(delta=1e-4), 128)])
 def test_which_channels_are_flagged(backend: str, case: Case, expected: int) -> None:
     kernels = type(backends.get(backend))
-    with mock.patch.object(kernels, "gram_unit", lambda self, dtype: 2.0**-24):
+    with mock.patch.object(kernels, "gram_unit", lambda self, x: 2.0**-24):
         assert flagged_by(lambda: three(case, torch.bfloat16)[0], kernels) == [expected]
 
 
@@ -135,7 +135,7 @@ def test_the_recomputation_mends_a_float32_gram(backend: str, monkeypatch: pytes
     """The same sums, but the backend says how they are rounded: the bad channels are flagged, and the output is right."""
     kernels = type(backends.get(backend))
     monkeypatch.setattr(kernels, "gram", uncentred_float32_gram)
-    monkeypatch.setattr(kernels, "gram_unit", lambda self, dtype: 2.0**-24)
+    monkeypatch.setattr(kernels, "gram_unit", lambda self, x: 2.0**-24)
     ours, stock, exact = three(Case(delta=1e-3), torch.float32)
     for name in ("out", "mean", "var"):
         assert_as_accurate(ours[name], stock[name], exact[name], ulps=4, name=name)

@@ -112,7 +112,7 @@ class AtenKernels(Kernels):
             count += n
         return mean, cov
 
-    def gram_unit(self, dtype: torch.dtype) -> float:
+    def gram_unit(self, x: Tensor) -> float:
         return 2.0**-53
 
     def recompute_statistics(

@@ -51,8 +51,8 @@ class CpuKernels(AtenKernels):
     def gram(self, a: Operand, conv: Conv) -> tuple[Tensor, Tensor]:
         return torch.ops.resnet_fused.gram(a, conv.stride)
 
-    def gram_unit(self, dtype: torch.dtype) -> float:
-        return 2.0**-24 if dtype in (torch.bfloat16, torch.float16) else 2.0**-53
+    def gram_unit(self, x: Tensor) -> float:
+        return 2.0**-24 if x.dtype in (torch.bfloat16, torch.float16) else 2.0**-53
 
     def fprop_bn_act(
         self, products: Sequence[Product], shift: Tensor, residual: Tensor | None, relu: bool, save_mask: bool

@@ -211,8 +211,12 @@ class Kernels(ABC):
         """
 
     @abstractmethod
-    def gram_unit(self, dtype: torch.dtype) -> float:
-        """The rounding unit of ``gram``'s partial sums for activations of ``dtype``."""
+    def gram_unit(self, x: Tensor) -> float:
+        """The rounding unit of ``gram``'s partial sums for activations like ``x``."""
+
+    def operand_eps(self, x: Tensor) -> float:
+        """``torch.finfo(…).eps`` of what a convolution of activations like ``x`` multiplies, which may be less than they are."""
+        return torch.finfo(x.dtype).eps
 
     @abstractmethod
     def recompute_statistics(

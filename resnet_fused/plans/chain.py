@@ -135,8 +135,8 @@ class _Forward:
         assert unit.conv is not None
         w = filter_matrix(weight).to(cov.dtype)
         out_mean, out_var = statistics.through_covariance(w, mean, cov)
-        unit_roundoff = max(self.k.gram_unit(self.x.dtype), torch.finfo(cov.dtype).eps / 2)
-        limit = torch.finfo(self.x.dtype).eps / 8
+        unit_roundoff = max(self.k.gram_unit(self.x), torch.finfo(cov.dtype).eps / 2)
+        limit = self.k.operand_eps(self.x) / 8
         flagged = statistics.ill_conditioned(w, mean, cov, out_var, unit_roundoff, limit)
         return self.k.recompute_statistics(a, weight, unit.conv, flagged, out_mean, out_var)
 

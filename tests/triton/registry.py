@@ -204,11 +204,11 @@ def chosen(kernel: Kernel, variant: str, dtype: str, arch: int) -> list[Any]:
     """The configurations that ResNets get on a GPU of this architecture."""
     import torch
 
-    from resnet_fused.backends.triton import cost, flagged
+    from resnet_fused.backends.triton import cost, devices, flagged
 
     if kernel.own_configs:
         return [flagged.CONFIGS[getattr(torch, dtype).itemsize]]
-    gpus = [gpu for gpu in cost.DEVICES.values() if gpu.arch == arch]
+    gpus = [gpu for gpu in devices.DEVICES.values() if gpu.arch == arch]
     flags = {"feedback": int("FEEDBACK" in variant)}
     cases = itertools.product(gpus, [shape | flags for shape in _shapes(kernel.name)])
     return list(dict.fromkeys(cost.ranked(kernel.name, shape, getattr(torch, dtype), gpu)[0] for gpu, shape in cases))

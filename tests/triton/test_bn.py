@@ -12,7 +12,7 @@ from poison import guarded, poison_allocations
 
 from resnet_fused.backends.aten import AtenKernels, pack_mask, unpack_mask
 from resnet_fused.backends.triton import bn, merging, pool, residual
-from resnet_fused.backends.triton.cost import Config
+from resnet_fused.backends.triton.configs import Config
 from resnet_fused.testing import assert_as_accurate
 
 stock = AtenKernels()

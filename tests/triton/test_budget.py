@@ -119,9 +119,9 @@ def test_float32_products_need_no_tensor_cores():
 
 
 def test_every_kernel_that_is_tuned_is_registered():
-    from resnet_fused.backends.triton import cost
+    from resnet_fused.backends.triton import configs
 
-    assert {kernel.name for kernel in registry.REGISTRY if not kernel.own_configs} == set(cost.KERNELS)
+    assert {kernel.name for kernel in registry.REGISTRY if not kernel.own_configs} == set(configs.KERNELS)
 
 
 @pytest.mark.parametrize("arch", registry.ARCHES)

@@ -8,25 +8,25 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from resnet_fused.backends.triton import cost
-from resnet_fused.backends.triton.cost import Config
+from resnet_fused.backends.triton import configs, cost, devices
+from resnet_fused.backends.triton.configs import Config
 
-H200 = cost.DEVICES["H200"]
+H200 = devices.DEVICES["H200"]
 BF16, FP32 = torch.bfloat16, torch.float32
 EXPAND = {"m": 256 * 56 * 56, "c": 64, "k": 256}  # bound by memory
 DEEP = {"m": 256 * 14 * 14, "c": 2048, "k": 2048}  # bound by the tensor cores
-KERNELS = pytest.mark.parametrize("kernel", cost.KERNELS)
+KERNELS = pytest.mark.parametrize("kernel", configs.KERNELS)
 
 
 def shape_of(kernel: str, m: int = 32 * 28 * 28, c: int = 128, k: int = 512) -> dict[str, int]:
     shape = {"m": m, "c": c}
-    if kernel in cost.PRODUCTS and kernel != "gram":
+    if kernel in configs.PRODUCTS and kernel != "gram":
         shape["k"] = k
     return shape | ({"h": 28, "w": 28} if kernel.endswith("3x3") else {})
 
 
 @KERNELS
-@pytest.mark.parametrize("device", cost.DEVICES.values(), ids=cost.DEVICES)
+@pytest.mark.parametrize("device", devices.DEVICES.values(), ids=devices.DEVICES)
 @pytest.mark.parametrize("dtype", [BF16, torch.float16, FP32], ids=str)
 def test_a_choice_is_valid(kernel, device, dtype):
     for m, c, k in ((256 * 56 * 56, 64, 256), (49, 2048, 512), (1, 1, 1), (1000, 17, 35)):
@@ -34,13 +34,13 @@ def test_a_choice_is_valid(kernel, device, dtype):
         config = cost.ranked(kernel, shape, dtype, device)[0]
         blocks = (config.block_m, config.block_n, config.block_k)
         assert all(block & (block - 1) == 0 for block in blocks) and config.warps in (4, 8)
-        assert min(blocks) >= 16 if kernel in cost.PRODUCTS else config.block_k == 1
+        assert min(blocks) >= 16 if kernel in configs.PRODUCTS else config.block_k == 1
         todo = cost.work(kernel, shape, dtype, config, device)
-        assert todo.shared_bytes <= device.shared_bytes - cost.KIB and todo.registers <= cost.MOST_REGISTERS
+        assert todo.shared_bytes <= device.shared_bytes - devices.KIB and todo.registers <= cost.MOST_REGISTERS
         if kernel == "gram":
             assert config.block_n == config.block_k
-        if kernel in cost.PRODUCTS and dtype != FP32:  # wgmma and tcgen05 want 64 rows for four warps
-            assert (config.block_n if cost.over_rows(kernel) else config.block_m) >= 64
+        if kernel in configs.PRODUCTS and dtype != FP32:  # wgmma and tcgen05 want 64 rows for four warps
+            assert (config.block_n if configs.over_rows(kernel) else config.block_m) >= 64
 
 
 def test_what_memory_bounds_takes_bytes_over_bandwidth():
@@ -110,10 +110,10 @@ def test_what_does_not_fit_is_never_chosen():
 
 
 def test_occupancy():
-    assert cost.occupancy(128, 64 * cost.KIB, 8, H200) == 2  # 65536 registers
-    assert cost.occupancy(64, 100 * cost.KIB, 4, H200) == 2  # 228 KiB
+    assert cost.occupancy(128, 64 * devices.KIB, 8, H200) == 2  # 65536 registers
+    assert cost.occupancy(64, 100 * devices.KIB, 4, H200) == 2  # 228 KiB
     assert cost.occupancy(24, 0, 8, H200) == 8  # 2048 threads
-    assert cost.occupancy(128, 228 * cost.KIB, 8, H200) == 0
+    assert cost.occupancy(128, 228 * devices.KIB, 8, H200) == 0
 
 
 def test_a_residual_costs_its_bytes():
@@ -132,22 +132,22 @@ def properties(name="NVIDIA H200", major=9, minor=0, sms=132, **others) -> Simpl
 
 
 def test_known_devices():
-    assert cost.device_from_properties(properties()) is H200
+    assert devices.device_from_properties(properties()) is H200
     assert (round(H200.bandwidth / 1e12, 1), round(H200.half_rate / 1e12)) == (4.3, 791)
-    assert cost.device_from_properties(properties("NVIDIA A100-SXM4-80GB", 8, 0, 108)).name == "A100"
-    assert cost.device_from_properties(properties("NVIDIA B200", 10, 0, 148)).arch == 100
+    assert devices.device_from_properties(properties("NVIDIA A100-SXM4-80GB", 8, 0, 108)).name == "A100"
+    assert devices.device_from_properties(properties("NVIDIA B200", 10, 0, 148)).arch == 100
 
 
 def test_other_devices_are_estimated():
-    slice_of = cost.device_from_properties(properties("NVIDIA H200 MIG 3g.71gb", sms=60))
+    slice_of = devices.device_from_properties(properties("NVIDIA H200 MIG 3g.71gb", sms=60))
     assert slice_of.sms == 60 and slice_of.half_rate < H200.half_rate / 2 * 1.1
     a10 = properties(
         "NVIDIA A10", 8, 6, 72, clock_rate=1_695_000, memory_clock_rate=6_251_000, memory_bus_width=384,
-        L2_cache_size=6 * cost.MIB, shared_memory_per_multiprocessor=100 * cost.KIB,
+        L2_cache_size=6 * devices.MIB, shared_memory_per_multiprocessor=100 * devices.KIB,
         max_threads_per_multi_processor=1536,
     )  # fmt: skip
-    device = cost.device_from_properties(a10)
-    assert device.bandwidth == pytest.approx(600e9 * cost.MEMORY_SHARE, rel=0.01)
-    assert (device.arch, device.l2_bytes, device.threads) == (86, 6 * cost.MIB, 1536)
-    for kernel in cost.KERNELS:
+    device = devices.device_from_properties(a10)
+    assert device.bandwidth == pytest.approx(600e9 * devices.MEMORY_SHARE, rel=0.01)
+    assert (device.arch, device.l2_bytes, device.threads) == (86, 6 * devices.MIB, 1536)
+    for kernel in configs.KERNELS:
         assert cost.ranked(kernel, shape_of(kernel), BF16, device)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from resnet_fused.backends.aten import AtenKernels
 from resnet_fused.backends.triton import bn, pool
-from resnet_fused.backends.triton.cost import Config
+from resnet_fused.backends.triton.configs import Config
 from resnet_fused.testing import assert_as_accurate
 
 stock = AtenKernels()

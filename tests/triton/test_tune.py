@@ -13,12 +13,12 @@ import torch
 from test_workloads import NETWORKS
 
 from resnet_fused import bench, cli, models, networks, tune
-from resnet_fused.backends.triton import cost, trial, tuning
+from resnet_fused.backends.triton import configs, cost, devices, trial, tuning
 from resnet_fused.workloads import workloads
 
 pytest.importorskip("rich", reason="the command's table needs rich")
 BF16 = torch.bfloat16
-H200 = cost.DEVICES["H200"]
+H200 = devices.DEVICES["H200"]
 CPU = torch.device("cpu")
 
 
@@ -40,9 +40,9 @@ class MadeUpClock:
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """An H200 with two configurations a kernel, and two small networks; returns the user's table, which is not there yet."""
-    ranked, describe = cost.ranked, cost.describe
+    ranked, describe = cost.ranked, devices.describe
     monkeypatch.setattr(cost, "ranked", lambda *question: ranked(*question)[:2])
-    monkeypatch.setattr(cost, "describe", lambda device: H200 if device == CPU else describe(device))
+    monkeypatch.setattr(devices, "describe", lambda device: H200 if device == CPU else describe(device))
     monkeypatch.setattr(trial, "Clock", MadeUpClock)
     monkeypatch.setattr(tune, "gpu_to_measure", lambda: CPU)
     monkeypatch.setattr(tune, "SAMPLES", 1)
@@ -58,7 +58,7 @@ SMALL = ["tune", "--batch", "2", "--image-size", "32"]
 def test_an_entry_of_every_kernel(machine: Path, capsys: pytest.CaptureFixture):
     assert cli.main([*SMALL, "--model", "resnet50", "resnet18"]) == 0
     table, shown = tuning.read(machine), capsys.readouterr().out
-    assert {key.split()[2] for key in table} == set(cost.KERNELS)
+    assert {key.split()[2] for key in table} == set(configs.KERNELS)
     assert f"{len(table)} entries written to {machine}" in shown
     assert f"{len(table)} of {len(table)} entries on H200" in shown
     for name in ("configuration", "predicted µs", "of roofline"):
@@ -69,7 +69,7 @@ def test_what_was_measured_is_what_is_launched(machine: Path, monkeypatch: pytes
     """The second configuration, which the clock finds faster, in the place of the first, which the cost model chooses."""
     assert cli.main([*SMALL, "--mode", "infer"]) == 0
     monkeypatch.setattr(tuning, "INTERPRETED", False)
-    monkeypatch.setattr(cost, "describe", lambda device: H200)
+    monkeypatch.setattr(devices, "describe", lambda device: H200)
     tuning.reload()
     for workload in workloads(NETWORKS["bottleneck"](), 2, 32, BF16, False):
         _, second = cost.ranked(workload.kernel, workload.shape, BF16, H200)

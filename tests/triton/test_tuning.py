@@ -12,21 +12,21 @@ import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
-from resnet_fused.backends.triton import cost, tuning
-from resnet_fused.backends.triton.cost import Config
+from resnet_fused.backends.triton import configs, cost, devices, tuning
+from resnet_fused.backends.triton.configs import Config
 
-H200 = cost.DEVICES["H200"]
+H200 = devices.DEVICES["H200"]
 CUDA = torch.device("cuda", 0)
 BF16, FP32 = torch.bfloat16, torch.float32
 EXPAND = {"m": 256 * 56 * 56, "c": 64, "k": 256}
-KERNELS = pytest.mark.parametrize("kernel", cost.KERNELS)
+KERNELS = pytest.mark.parametrize("kernel", configs.KERNELS)
 
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """An H200 that runs nothing, and a user's table that is not there yet; returns its path."""
     monkeypatch.setattr(tuning, "INTERPRETED", False)
-    monkeypatch.setattr(cost, "describe", lambda device: H200)
+    monkeypatch.setattr(devices, "describe", lambda device: H200)
     monkeypatch.setenv(tuning.ENVIRONMENT_VARIABLE, str(tmp_path / "tables" / "mine.json"))
     monkeypatch.setattr(tuning, "_warned", set())
     tuning.reload()
@@ -47,7 +47,7 @@ def test_an_unknown_kernel_is_named():
     with pytest.raises(ValueError, match="kernel: expected one of fprop1x1, .*, got 'fprop5x5'"):
         tuning.choose("fprop5x5", EXPAND, BF16, torch.device("cpu"))
     with pytest.raises(ValueError, match="got 'fprop5x5'"):
-        cost.candidates("fprop5x5", BF16, 90)
+        configs.candidates("fprop5x5", BF16, 90)
 
 
 def test_a_choice_is_made_once(gpu, monkeypatch):
@@ -125,7 +125,7 @@ def test_a_key_tells_apart_what_matters():
         return tuning.entry_key(kernel, EXPAND | shape, dtype, device)
 
     others = [
-        key("dgrad1x1"), key(dtype=torch.float16), key(device=cost.DEVICES["B200"]), key(c=65), key(k=255), key(h=56, w=56),
+        key("dgrad1x1"), key(dtype=torch.float16), key(device=devices.DEVICES["B200"]), key(c=65), key(k=255), key(h=56, w=56),
         key(stride=2), key(residual=1), key(residual=1, stats=1), key(m=4 * EXPAND["m"]), key("fprop3x3"),
         key(device=dataclasses.replace(H200, sms=66)),
     ]  # fmt: skip

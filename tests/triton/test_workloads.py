@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import resnet_fused
 from resnet_fused import backends, layers, models, networks
-from resnet_fused.backends.triton import cost, tuning
+from resnet_fused.backends.triton import configs, cost, devices, tuning
 from resnet_fused.backends.triton.dispatch import TritonKernels
 from resnet_fused.backends.triton.recorder import Workload, without_launches
 from resnet_fused.backends.triton.trial import Trial
@@ -19,7 +19,7 @@ from resnet_fused.workloads import workloads
 
 CPU = torch.device("cpu")
 BF16, FP32 = torch.bfloat16, torch.float32
-H200 = cost.DEVICES["H200"]
+H200 = devices.DEVICES["H200"]
 
 
 def basic_network() -> nn.Module:
@@ -74,10 +74,29 @@ def test_workloads_are_what_a_step_launches(monkeypatch, name, dtype, training, 
     monkeypatch.setitem(backends._KERNELS, "triton", TritonKernels(own_conv3x3))
     network = NETWORKS[name]()
     found: dict[tuple, int] = {}
-    for workload, count in workloads(network, 2, 32, dtype, training, own_conv3x3).items():
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # as on processors
+        recorded = workloads(network, 2, 32, dtype, training, own_conv3x3)
+    for workload, count in recorded.items():
         key = workload.kernel, tuple(sorted(workload.shape.items())), workload.dtype
         found[key] = found.get(key, 0) + count
     assert found == asked_by_a_real_step(network, dtype, training)
+
+
+def test_float32_is_multiplied_as_in_pytorch():
+    """In TF32 or not as its setting says, and in three products where statistics came from a covariance."""
+    setting = torch.backends.cudnn.conv
+    assert setting.fp32_precision == "tf32"
+    rounded = workloads(NETWORKS["bottleneck"](), 2, 32, FP32, True)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        exact = workloads(NETWORKS["bottleneck"](), 2, 32, FP32, True)
+    assert {configs.precision_of(w.shape) for w in exact} == {"ieee"} and not any(w.kernel == "gram" for w in exact)
+    products = [w for w in rounded if w.kernel in configs.PRODUCTS]
+    found = {(w.kernel, w.method, configs.precision_of(w.shape)) for w in products}
+    plans = {"fprop_bn_act", "dgrad_bn_act", "dgrad_bn_act_below", "wgrad_bn_act", "gram"}
+    assert {kernel for kernel, *_ in found} == set(configs.PRODUCTS)
+    assert all(precision == ("tf32x3" if method in plans else "tf32") for _, method, precision in found)
+    half = workloads(NETWORKS["bottleneck"](), 2, 32, BF16, True)
+    assert {configs.precision_of(w.shape) for w in half} == {"ieee"}
 
 
 @pytest.mark.parametrize("name", models.BUILDERS)
@@ -155,7 +174,7 @@ def of_every_method() -> list[Workload]:
 
 
 def test_a_trial_of_every_method_is_right(of_every_method):
-    assert {w.kernel for w in of_every_method} == set(cost.KERNELS)
+    assert {w.kernel for w in of_every_method} == set(configs.KERNELS)
     for workload in of_every_method:
         trial = Trial(workload, CPU)
         trial.call()  # what works in place must not spoil the inputs of the comparison

@@ -12,7 +12,7 @@ from torch import Tensor
 from triton import language as tl
 
 from . import tuning
-from .cost import Config
+from .configs import Config
 from .language import affine_in_centred, load_mask, load_vector, passes, relu, store_mask
 from .launching import rows_of
 from .merging import merge_moments, merge_sums

@@ -32,6 +32,7 @@ from . import bn, conv3x3, pool, tuning
 from . import products as pointwise
 from . import residual as residuals
 from .flagged import recompute_statistics as recompute_flagged
+from .launching import TF32_EPS, product_precision
 from .operands import source
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -46,6 +47,11 @@ def takes(x: Tensor) -> bool:
         and x.is_contiguous(memory_format=torch.channels_last)
         and x.numel() <= _MOST_PIXELS * x.shape[1]
     )
+
+
+def _rounds_products(x: Tensor) -> bool:
+    """Whether convolutions of ``x``, stock's too, multiply what has less than float32's precision."""
+    return x.dtype in (torch.bfloat16, torch.float16) or product_precision(x, exact=False) == "tf32"
 
 
 def _launched(module: ModuleType, name: str) -> Any:
@@ -178,14 +184,17 @@ class TritonKernels(AtenKernels):
     # The covariance plan
 
     def gram(self, a: Operand, conv: Conv) -> tuple[Tensor, Tensor]:
-        # float32 needs sums in float64 (gram_unit): products of matrices in float64 have units of their own on server GPUs.
-        if takes(source(a)) and source(a).dtype != torch.float32:
+        # Products that are not rounded need sums in float64; those of matrices have units of their own on server GPUs.
+        if takes(source(a)) and _rounds_products(source(a)):
             return pointwise.gram(a, conv)
         return super().gram(self._applied(a), conv)
 
-    def gram_unit(self, dtype: torch.dtype) -> float:
-        # Tensor cores truncate what they add, by up to two bits of float32.
-        return 2.0**-22 if dtype in (torch.bfloat16, torch.float16) else 2.0**-53
+    def gram_unit(self, x: Tensor) -> float:
+        # Tensor cores truncate what they add, by up to two bits of float32; three products of TF32 for one lose as much.
+        return 2.0**-22 if _rounds_products(x) else 2.0**-53
+
+    def operand_eps(self, x: Tensor) -> float:
+        return TF32_EPS if product_precision(x, exact=False) == "tf32" else super().operand_eps(x)
 
     def recompute_statistics(
         self, a: Operand, weight: Tensor, conv: Conv, flagged: Tensor, mean: Tensor, var: Tensor

@@ -11,11 +11,12 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..kernels import Below, Conv, Gradient, Operand, Pending, PendingGrad
-from .cost import describe
+from .devices import describe
 from .operands import check_dense
 from .tuning import Config
 
 _PROGRAMS_PER_SM = 2
+TF32_EPS = 2.0**-10  # as of ``torch.finfo``
 
 
 def multiprocessors(device: torch.device) -> int:

@@ -10,7 +10,7 @@ from triton import language as tl
 
 from ..kernels import Conv
 from .bn import row_pitch, steps_of, tile_columns, tile_options
-from .cost import Config
+from .configs import Config
 from .language import affine_in_centred, load_vector
 from .merging import merge_sums
 from .operands import check_dense

@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.runtime.jit import KernelInterface
 
 from ..kernels import Conv, Kernels, NormGrad, Operand
-from . import cost, tuning
+from . import configs, devices, tuning
 from .dispatch import TritonKernels
 
 _SHAPE_ONLY = {("dgrad", "x"), ("wgrad", "weight")}  # arguments that are not read
@@ -48,7 +48,7 @@ class Workload:
     """A call of a method of ``Kernels`` that asks the tuning table.
 
     Attributes:
-        kernel: one of ``cost.KERNELS``.
+        kernel: one of ``configs.KERNELS``.
         shape, dtype: as the launcher hands them to ``tuning.choose``.
         method: of ``TritonKernels``.
         description: of the arguments; with it two workloads are the same or not.
@@ -67,7 +67,7 @@ class Workload:
     def _bytes(self, name: str, t: Tensor) -> int:
         """Of a strided convolution's input, only the pixels that it reads."""
         pixels = t.numel() // t.shape[1] if t.dim() == 4 and name != "weight" else 0
-        unread = max(0, pixels - self.shape["m"]) if self.kernel in cost.PRODUCTS else 0
+        unread = max(0, pixels - self.shape["m"]) if self.kernel in configs.PRODUCTS else 0
         return (t.numel() - unread * t.shape[1] if unread else t.numel()) * t.itemsize
 
     @property
@@ -80,7 +80,7 @@ class Workload:
     def flops(self) -> int:
         """Of the products; 0 where there is none. A covariance has half its products for free: it is symmetric."""
         m, c, k = self.shape["m"], self.shape["c"], self.shape.get("k", 0)
-        if self.kernel not in cost.PRODUCTS:
+        if self.kernel not in configs.PRODUCTS:
             return 0
         if self.kernel == "gram":
             return m * c * (c + 1)
@@ -88,9 +88,11 @@ class Workload:
         filters = sum(factors.get(name, 0) * t.numel() for name, t in tensors_in(self.arguments))
         return 2 * m * (filters or k * c)
 
-    def roofline_seconds(self, gpu: cost.Device) -> float:
+    def roofline_seconds(self, gpu: devices.Device) -> float:
         """``max(bytes / bandwidth, flops / rate)``: no kernel for this workload is faster."""
-        return max(self.traffic_bytes / gpu.bandwidth, self.flops / gpu.rate(self.dtype))
+        return max(
+            self.traffic_bytes / gpu.bandwidth, self.flops / gpu.rate(self.dtype, configs.precision_of(self.shape))
+        )
 
 
 def _describe(value: Any) -> str:

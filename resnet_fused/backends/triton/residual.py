@@ -9,7 +9,7 @@ from torch import Tensor
 from triton import language as tl
 
 from . import tuning
-from .cost import Config
+from .configs import Config
 from .language import passes, relu
 from .operands import check_dense
 

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from ..aten import AtenKernels, pack_mask
 from ..kernels import Below, Feedback, NormGrad, Pending, PendingGrad, Product
-from . import cost, tuning
-from .cost import Config
+from . import configs, devices, tuning
+from .configs import Config
 from .dispatch import TritonKernels
+from .launching import TF32_EPS
 from .recorder import Workload, map_tensors, tensors_in
 
 _ATEN = AtenKernels()
@@ -178,6 +179,7 @@ class Trial:
         with _poisoned():
             found = self._answers(self._kernels, self.arguments, config)
             again = self._answers(self._kernels, self.arguments, config)
+        operands = TF32_EPS if configs.precision_of(self.workload.shape) == "tf32" else 0.0
         right, ours, theirs = all(map(torch.equal, found, again)), 0.0, 0.0
         for t, (gold, stock) in zip(found, self._gold_and_stock(), strict=True):
             if t.dtype == torch.uint8:
@@ -185,7 +187,7 @@ class Trial:
                 continue
             size = gold.abs().max().item() or 1.0
             error, allowed = _error(t, gold) / size, _error(stock, gold) / size
-            floor = max(_ULPS * torch.finfo(t.dtype).eps, _SUM_FLOOR)
+            floor = max(_ULPS * max(torch.finfo(t.dtype).eps, operands), _SUM_FLOOR)
             right = right and t.shape == gold.shape and error <= _SLACK * allowed + floor  # not if either is NaN
             ours, theirs = max(ours, error), max(theirs, allowed)
         return Accuracy(ours, theirs, right)
@@ -202,7 +204,7 @@ class Clock:
     """Microseconds of calls on a GPU. A call is a CUDA graph, so that the host's time does not count, and finds L2 flushed."""
 
     def __init__(self, device: torch.device) -> None:
-        self._flushed = torch.empty(4 * cost.describe(device).l2_bytes, dtype=torch.uint8, device=device)
+        self._flushed = torch.empty(4 * devices.describe(device).l2_bytes, dtype=torch.uint8, device=device)
 
     def prepare(self, call: Callable[[], Any]) -> Callable[[], float]:
         """A function that runs ``call`` once and returns its time in microseconds."""

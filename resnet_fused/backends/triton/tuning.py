@@ -33,8 +33,8 @@ import torch
 import triton
 from triton.errors import TritonError
 
-from . import cost
-from .cost import Config
+from . import configs, cost, devices
+from .configs import Config
 
 __all__ = ["Config", "Entry", "NothingWorks", "choose", "deciding", "reload", "tune"]
 
@@ -58,7 +58,7 @@ def choose(kernel: str, shape: Mapping[str, int], dtype: torch.dtype, device: to
     """The configuration of ``kernel`` for ``shape``.
 
     Args:
-        kernel: one of ``cost.KERNELS``.
+        kernel: one of ``configs.KERNELS``.
         shape: rows "m", channels "c", outputs "k" where there are any, "h" and "w" for 3×3, "stride" other than 1; any other
             name is a fusion flag ("residual", say), 0 where it is missing.
     Raises:
@@ -91,12 +91,12 @@ def _where(device: torch.device) -> torch.device:
 
 @functools.lru_cache(maxsize=4096)
 def _chosen(kernel: str, items: tuple[tuple[str, int], ...], dtype: torch.dtype, device: torch.device) -> Config:
-    if kernel not in cost.KERNELS:
-        raise ValueError(f"kernel: expected one of {', '.join(cost.KERNELS)}, got {kernel!r}")
+    if kernel not in configs.KERNELS:
+        raise ValueError(f"kernel: expected one of {', '.join(configs.KERNELS)}, got {kernel!r}")
     if INTERPRETED or device.type != "cuda":
         # The interpreter's time goes with the number of programs, numpy's with their size.
-        return Config(16, 16, 16 if kernel in cost.PRODUCTS else 1, 4, 1)
-    shape, gpu = dict(items), cost.describe(device)
+        return Config(16, 16, 16 if kernel in configs.PRODUCTS else 1, 4, 1)
+    shape, gpu = dict(items), devices.describe(device)
     entry = _tables().get(entry_key(kernel, shape, dtype, gpu))
     if entry is not None:
         return entry.config
@@ -125,7 +125,7 @@ Table = dict[str, Entry]
 _GEOMETRY = ("c", "h", "k", "m", "stride", "w")
 
 
-def entry_key(kernel: str, shape: Mapping[str, int], dtype: torch.dtype, gpu: cost.Device) -> str:
+def entry_key(kernel: str, shape: Mapping[str, int], dtype: torch.dtype, gpu: devices.Device) -> str:
     """The key of a table's entry: shapes whose M rounds up to one power of two share it, versions of Triton do not."""
     r = 3 if kernel.endswith("3x3") else 1
     flags = "+".join(sorted(name for name, value in shape.items() if name not in _GEOMETRY and value))
@@ -230,7 +230,7 @@ def tune(
     kernel: str,
     shape: Mapping[str, int],
     dtype: torch.dtype,
-    gpu: cost.Device,
+    gpu: devices.Device,
     run: Callable[[Config], float],
     check: Callable[[Config], bool],
     *,
