@@ -77,7 +77,7 @@ class Kernel:
         constants: dict[str, Any] = {f"BLOCK_{axis}": getattr(config, f"block_{axis.lower()}") for axis in "MNK"}
         constants["BLOCK"] = 8 * 32 * config.warps  # of kernels that see no matrix: eight elements a thread
         extra = self.float32 if full else self.half
-        if multiplies(self.name) and not self.own_configs:
+        if _has_tf32(self):
             constants["PRECISION"] = self.precision(variant, dtype)
             extra = "" if constants["PRECISION"] == "tf32" else extra
         for flag in f"{self.fixed} {extra} {variant}".split():
@@ -117,7 +117,9 @@ _DGRAD1X1 = (
 )
 _WGRAD1X1 = (
     "dz:MN mask:u8?MASK y:MN?GRAD y_mean:f?GRAD y_a:f?GRAD y_b:f?GRAD y_c:f?GRAD a:MK a_scale:f?PENDING a_shift:f?PENDING "
-    "centre:f?CENTRED partials:p sums:d?MASK M:i K:i16 C:i16 P:i Q:i H:i W:i stride_h:i stride_w:i chunks:i"
+    "centre:f?CENTRED partials:p a2:MK!STRIDED2?DUAL a2_scale:f?PENDING2 a2_shift:f?PENDING2 centre2:f?DUAL_CENTRED "
+    "partials2:p?DUAL sums:d?MASK M:i K:i16 P:i Q:i chunks:i C:i16 H:i W:i stride_h:i stride_w:i C2:i16 H2:i W2:i stride2_h:i "
+    "stride2_w:i"
 )
 _GRAM = (
     "x:MN scale:f?PENDING shift:f?PENDING partials:p sums:d centres:f?COMPENSATED M:i C:i16 P:i Q:i H:i W:i stride_h:i "
@@ -148,7 +150,8 @@ REGISTRY = (
         fixed="K_ALIGNED C_ALIGNED", float32="CENTRED", half="CONSTANT LOW", exact="FEEDBACK",
     ),
     Kernel(
-        "wgrad1x1", "cross", "wgrad_kernel", _WGRAD1X1, ("MASK PENDING A_RELU", "GRAD PENDING A_RELU", ""),
+        "wgrad1x1", "cross", "wgrad_kernel", _WGRAD1X1,
+        ("MASK PENDING A_RELU DUAL STRIDED2", "MASK PENDING A_RELU", "GRAD PENDING A_RELU", ""),
         fixed="K_ALIGNED", float32="COMPENSATED CENTRED", exact="MASK",
     ),
     Kernel("gram", "cross", "gram_kernel", _GRAM, ("PENDING RELU",), float32="COMPENSATED", exact="*"),
@@ -200,6 +203,10 @@ def _shapes(kernel: str) -> list[dict[str, int]]:
     return shapes
 
 
+def _has_tf32(kernel: Kernel) -> bool:
+    return multiplies(kernel.name) and not kernel.own_configs
+
+
 def chosen(kernel: Kernel, variant: str, dtype: str, arch: int) -> list[Any]:
     """The configurations that ResNets get on a GPU of this architecture."""
     import torch
@@ -210,15 +217,19 @@ def chosen(kernel: Kernel, variant: str, dtype: str, arch: int) -> list[Any]:
         return [flagged.CONFIGS[getattr(torch, dtype).itemsize]]
     gpus = [gpu for gpu in devices.DEVICES.values() if gpu.arch == arch]
     flags = {"feedback": int("FEEDBACK" in variant)}
+    if dtype == "tf32":
+        flags[kernel.precision(variant, dtype)] = 1
     cases = itertools.product(gpus, [shape | flags for shape in _shapes(kernel.name)])
-    return list(dict.fromkeys(cost.ranked(kernel.name, shape, getattr(torch, dtype), gpu)[0] for gpu, shape in cases))
+    of = torch.float32 if dtype == "tf32" else getattr(torch, dtype)
+    return list(dict.fromkeys(cost.ranked(kernel.name, shape, of, gpu)[0] for gpu, shape in cases))
 
 
 def shipped() -> list[Case]:
     """Every variant of every kernel in every configuration; float16 compiles as bfloat16 does."""
     return [
         kernel.case(variant, dtype, arch, config)
-        for kernel, dtype, arch in itertools.product(REGISTRY, ("bfloat16", "float32"), ARCHES)
+        for kernel, dtype, arch in itertools.product(REGISTRY, ("bfloat16", "float32", "tf32"), ARCHES)
+        if dtype != "tf32" or _has_tf32(kernel)
         for variant in kernel.variants
         for config in chosen(kernel, variant, dtype, arch)
     ]
@@ -226,11 +237,11 @@ def shipped() -> list[Case]:
 
 def default_suite(arch: int) -> list[Case]:
     """One configuration of every kernel and dtype: the fullest variant on sm_90, where float16 is looked at too."""
-    dtypes = ("bfloat16", "float32", *(("float16",) if arch == 90 else ()))
+    dtypes = ("bfloat16", "float32", "tf32", *(("float16",) if arch == 90 else ()))
     return [
         kernel.case(variant, dtype, arch, config)
         for kernel, dtype in itertools.product(REGISTRY, dtypes)
         for variant in [kernel.variants[0 if arch == 90 and dtype != "float16" else -1]]
         for config in chosen(kernel, variant, dtype, arch)[:1]
-        if dtype != "float16" or multiplies(kernel.name)
+        if dtype in ("bfloat16", "float32") or (multiplies(kernel.name) if dtype == "float16" else _has_tf32(kernel))
     ]

@@ -83,7 +83,9 @@ def _most_sums(kernel: str, units: str, warps: int, arch: int, feedback: bool) -
     if units == "ieee":
         return 16
     if units == "tf32x3":  # four parts of operands are in registers
-        return 32 if 90 <= arch < 100 and kernel != "gram" else 16
+        return 16 if over_rows(kernel) else 32
+    if units == "tf32" and arch < 90:
+        return 32
     if kernel.startswith("dgrad"):  # its epilogue reads tensors too
         return 64 if 90 <= arch < 100 and warps == 8 and not feedback else 32
     if kernel == "gram" and 90 <= arch < 100:  # both of its operands are transformed
@@ -106,6 +108,8 @@ def _product_candidates(kernel: str, units: str, arch: int, feedback: bool) -> I
             ):
                 continue  # spills, as compiled by Triton 3.6
             if over_rows(kernel):
+                if units == "tf32" and step * min(rows, columns) < 4 * 32 * warps:
+                    continue  # a thread has no 16 bytes of a tile
                 if arch >= 100 and stages != 2:
                     continue  # more stages with a transposed operand fail inside Triton 3.6: one choice is left
                 yield Config(step, rows, columns, warps, 1 if arch >= 100 else stages)

@@ -37,48 +37,17 @@ def join(high, low):
 
 
 @triton.jit
-def wgrad_kernel(
-    dz,
-    mask,
-    y,
-    y_mean,
-    y_a,
-    y_b,
-    y_c,
-    a,
-    a_scale,
-    a_shift,
-    centre,
-    partials,
-    sums,
-    M,
-    K,
-    C,
-    P,
-    Q,
-    H,
-    W,
-    stride_h,
-    stride_w,
-    chunks,
-    A_RELU: tl.constexpr,
-    STRIDED: tl.constexpr,
-    K_ALIGNED: tl.constexpr,
-    COMPENSATED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """``partials`` ``[splits, K, C]`` of ``dYᵀ(A − centre)``, and ``sums`` ``[splits, K]`` of dY.
-
-    dY ``[M, K]`` is what ``load_gradient`` makes of dz, mask and y. Program (t, s) computes tile t, BLOCK_N by BLOCK_K, over
-    the chunks ``[s·chunks, (s + 1)·chunks)`` of BLOCK_M rows.
-    """
+def wgrad_tile(
+    tile, dz, mask, y, y_mean, y_a, y_b, y_c, a, a_scale, a_shift, centre, partials, sums,
+    M, K, C, P, Q, H, W, stride_h, stride_w, chunks,
+    A_RELU: tl.constexpr, STRIDED: tl.constexpr, K_ALIGNED: tl.constexpr, COMPENSATED: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Tile number ``tile``, BLOCK_N by BLOCK_K, of one product of ``wgrad_kernel``."""
     across = tl.cdiv(C, BLOCK_K)
-    first = tl.program_id(0) // across * BLOCK_N
+    first = tile // across * BLOCK_N
     k = first + tl.arange(0, BLOCK_N)
-    first_c = tl.program_id(0) % across * BLOCK_K
+    first_c = tile % across * BLOCK_K
     c = first_c + tl.arange(0, BLOCK_K)
     split = tl.program_id(1)
     high = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
@@ -106,7 +75,43 @@ def wgrad_kernel(
         tl.store(partials + at, high, mask=inside)
     if sums is not None:
         # Programs of one row of tiles have the same sums; the first of them stores.
-        tl.store(sums + split * K + k, join(sum_high, sum_low), mask=(k < K) & (tl.program_id(0) % across == 0))
+        tl.store(sums + split * K + k, join(sum_high, sum_low), mask=(k < K) & (tile % across == 0))
+
+
+@triton.jit
+def wgrad_kernel(
+    dz, mask, y, y_mean, y_a, y_b, y_c,
+    a, a_scale, a_shift, centre, partials,
+    a2, a2_scale, a2_shift, centre2, partials2,
+    sums,
+    M, K, P, Q, chunks,
+    C, H, W, stride_h, stride_w,
+    C2, H2, W2, stride2_h, stride2_w,
+    A_RELU: tl.constexpr, A2_RELU: tl.constexpr, STRIDED: tl.constexpr, STRIDED2: tl.constexpr,
+    K_ALIGNED: tl.constexpr, COMPENSATED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """``partials`` ``[splits, K, C]`` of ``dYᵀ(A − centre)``, ``partials2`` ``[splits, K, C2]`` the same of a second operand,
+    and ``sums`` ``[splits, K]`` of dY.
+
+    dY ``[M, K]`` is what ``load_gradient`` makes of dz, mask and y. Program (t, s) computes tile t, first those of A, over the
+    chunks ``[s·chunks, (s + 1)·chunks)`` of BLOCK_M rows: programs that run together read the same rows of dY, once from memory.
+    """
+    tile = tl.program_id(0)
+    if a2 is not None:
+        tiles = tl.cdiv(K, BLOCK_N) * tl.cdiv(C, BLOCK_K)
+        if tile >= tiles:
+            wgrad_tile(
+                tile - tiles, dz, mask, y, y_mean, y_a, y_b, y_c, a2, a2_scale, a2_shift, centre2, partials2, None,
+                M, K, C2, P, Q, H2, W2, stride2_h, stride2_w, chunks,
+                A2_RELU, STRIDED2, K_ALIGNED, COMPENSATED, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+            return
+    wgrad_tile(
+        tile, dz, mask, y, y_mean, y_a, y_b, y_c, a, a_scale, a_shift, centre, partials, sums,
+        M, K, C, P, Q, H, W, stride_h, stride_w, chunks,
+        A_RELU, STRIDED, K_ALIGNED, COMPENSATED, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
 
 
 @triton.jit

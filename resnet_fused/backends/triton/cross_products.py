@@ -27,36 +27,48 @@ from .launching import (
 )
 from .tuning import Config, choose
 
+WgradOperand = tuple[Operand, Tensor | None, Conv]  # A, its centre, and the convolution
+
 
 def _wgrad(
     dy: Gradient,
     mask: Tensor | None,
-    a: Operand,
-    centre: Tensor | None,
-    conv: Conv,
+    operands: Sequence[WgradOperand],
     want_sums: bool,
     config: Config | None,
-) -> tuple[Tensor, Tensor | None]:
-    """``dYᵀ(A − centre)`` ``[K, C]`` and on demand ``Σ dY`` ``[K]``, both in float64."""
+) -> tuple[list[Tensor], Tensor | None]:
+    """``dYᵀ(A − centre)`` ``[K, C]`` of one operand or two, and on demand ``Σ dY`` ``[K]``, all in float64."""
     dz, pending_mask, *pending = gradient(dy)
     mask = pending_mask if mask is None else mask
-    x, x_scale, x_shift, x_relu = operand(a)
-    k, c = dz.shape[1], x.shape[1]
-    if output_shape(x, k, conv) != tuple(dz.shape) or x.dtype != dz.dtype:
-        raise ValueError(f"expected the gradient of {conv} of {tuple(x.shape)}, got {tuple(dz.shape)}")
-    rows = rows_of(dz.shape)
-    precision = product_precision(x, exact=centre is not None)
+    k, rows = dz.shape[1], rows_of(dz.shape)
+    loaded = [(*operand(a), vector(centre), conv) for a, centre, conv in operands]
+    for x, *_, conv in loaded:
+        if output_shape(x, k, conv) != tuple(dz.shape) or x.dtype != dz.dtype:
+            raise ValueError(f"expected the gradient of {conv} of {tuple(x.shape)}, got {tuple(dz.shape)}")
+    precision = product_precision(dz, exact=any(centre is not None for *_, centre, _ in loaded))
+    widths = [x.shape[1] for x, *_ in loaded]
     if config is None:
+        _, scale, *_, conv = loaded[0]
         flags = {
-            "pending": x_scale is not None,
+            "pending": scale is not None,
             "pending_grad": isinstance(dy, PendingGrad),
             "masked": mask is not None,
         }
-        config = choose("wgrad1x1", shape_of(rows, c, k, conv, precision, **flags), x.dtype, x.device)
-    tiles = triton.cdiv(k, config.block_n) * triton.cdiv(c, config.block_k)
-    splits, chunks = split(rows, tiles, config.block_m, x.device)
-    partials = x.new_empty((splits, k, c), dtype=partial_dtype(x.dtype))
-    sums = x.new_empty((splits, k), dtype=torch.float64) if want_sums else None
+        asked = shape_of(rows, widths[0], k, conv, precision, **flags) | {"c2": sum(widths[1:])}
+        config = choose("wgrad1x1", asked, dz.dtype, dz.device)
+    tiles = triton.cdiv(k, config.block_n) * sum(triton.cdiv(c, config.block_k) for c in widths)
+    splits, chunks = split(rows, tiles, config.block_m, dz.device)
+    partials = [dz.new_empty((splits, k, c), dtype=partial_dtype(dz.dtype)) for c in widths]
+    sums = dz.new_empty((splits, k), dtype=torch.float64) if want_sums else None
+    tensors, geometry, constants = [], [], {}
+    for (x, scale, shift, relu, centre, conv), own, suffix in zip(loaded, partials, ("", "2")):
+        at = x if strided(conv) else described(x, config.block_m, config.block_k)
+        tensors += [at, scale, shift, centre, own]
+        geometry += [*x.shape[1:], *conv.stride]
+        constants |= {f"A{suffix}_RELU": relu, f"STRIDED{suffix}": strided(conv)}
+    if len(operands) == 1:
+        tensors, geometry = tensors + [None] * 5, geometry + [1] * 5
+        constants |= {"A2_RELU": False, "STRIDED2": False}
     y, *coefficients = pending
     gradient_tile = config.block_m, config.block_n
     cross.wgrad_kernel[(tiles, splits)](
@@ -64,68 +76,62 @@ def _wgrad(
         mask,
         described(y, *gradient_tile),
         *coefficients,
-        x if strided(conv) else described(x, config.block_m, config.block_k),
-        x_scale,
-        x_shift,
-        vector(centre),
-        partials,
+        *tensors,
         sums,
         rows,
         k,
-        c,
         *dz.shape[2:],
-        *x.shape[2:],
-        *conv.stride,
         chunks,
-        A_RELU=x_relu,
-        STRIDED=strided(conv),
+        *geometry,
+        **constants,
         K_ALIGNED=k % 8 == 0,
-        COMPENSATED=x.dtype == torch.float32 and precision != "tf32",
+        COMPENSATED=dz.dtype == torch.float32 and precision != "tf32",
         PRECISION=precision,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
         **options(config),
     )
-    return partials.sum(0, dtype=torch.float64), None if sums is None else sums.sum(0)
+    return [own.sum(0, dtype=torch.float64) for own in partials], None if sums is None else sums.sum(0)
 
 
 def wgrad(dy: Gradient, a: Operand, conv: Conv, config: Config | None = None) -> Tensor:
     """``dYᵀA`` ``[K, C]`` in float32.
 
-    Numerics: products of a chunk of rows are summed in float32, chunks in twice that, splits of the rows in float64 in a fixed
-        order.
+    Numerics: products of a chunk of rows are summed in float32, chunks in twice that (but for TF32), splits of the rows in
+        float64 in a fixed order.
     Traffic: reads dy (dz and y if pending) and a, once for each block of the other's channels; writes and reads splits·K·C.
     """
-    return _wgrad(dy, None, a, None, conv, False, config)[0].to(torch.float32)
+    (product,), _ = _wgrad(dy, None, [(a, None, conv)], False, config)
+    return product.to(torch.float32)
 
 
 def wgrad_bn_act(
     grad: Tensor,
     mask: Tensor | None,
-    operands: Sequence[tuple[Operand, Tensor | None, Conv]],
+    operands: Sequence[WgradOperand],
     config: Config | None = None,
 ) -> tuple[list[Tensor], Tensor]:
-    """``T = dzᵀ(A − centre)`` ``[K, C]`` for each ``(a, centre, conv)``, and ``Σ dz`` ``[K]``, dz being ``grad`` where ``mask``.
+    """``T = dzᵀ(A − centre)`` ``[K, C]`` for each ``(a, centre, conv)``, one or two of them, and ``Σ dz`` ``[K]``, dz being
+    ``grad`` where ``mask``.
 
     Returns:
         T in float64, for bfloat16 in float32; Σ dz in float32.
     Numerics: as ``wgrad``. float32 is centred while it is loaded; in half precision that would round it, and
         ``Σ dz·centreᵀ`` is taken away in float64.
-    Traffic: reads each operand, and grad for each of them.
+    Traffic: reads each operand, and grad once.
     """
     full = grad.dtype == torch.float32
-    products, first_sum = [], None
-    for a, centre, conv in operands:
-        t, sums = _wgrad(grad, mask, a, centre if full else None, conv, True, config)
-        if not full:
+    loaded = [(a, centre if full else None, conv) for a, centre, conv in operands]
+    products, sums = _wgrad(grad, mask, loaded, True, config)
+    if not full:
+        centres = [centre for _, centre, _ in operands]
+        for i, centre in enumerate(centres):
             if centre is not None:
-                t = torch.addr(t, sums, centre.to(torch.float64), alpha=-1)
-            if grad.dtype == torch.bfloat16:  # stock's raw output loses more than that
-                t = t.to(torch.float32)
-        products.append(t)
-        first_sum = sums if first_sum is None else first_sum
-    return products, first_sum.to(torch.float32)
+                products[i] = torch.addr(products[i], sums, centre.to(torch.float64), alpha=-1)
+        if grad.dtype == torch.bfloat16:  # stock's raw output loses more than that
+            products = [t.to(torch.float32) for t in products]
+    return products, sums.to(torch.float32)
 
 
 def gram(a: Operand, conv: Conv, config: Config | None = None) -> tuple[Tensor, Tensor]:

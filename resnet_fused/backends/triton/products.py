@@ -72,8 +72,9 @@ def _fprop(
     # With a scale the statistics of the product came from the covariance of its operand.
     precision = product_precision(x, exact=any(product.scale is not None for product in products))
     if config is None:
-        flags = {"pending": x_scale is not None, "dual": second is not None, "residual": residual is not None}
-        asked = shape_of(rows, c, k, first.conv, precision, **flags, stats=stats)
+        flags = {"pending": x_scale is not None, "residual": residual is not None}
+        flags |= {"stats": stats, "mask": save_mask}
+        asked = shape_of(rows, c, k, first.conv, precision, **flags) | {"c2": 0 if x2 is None else x2.shape[1]}
         config = choose("fprop1x1", asked, x.dtype, x.device)
     y = empty(x, shape)
     mask = new_mask(y) if save_mask else no_mask(y)
@@ -197,8 +198,12 @@ def _dgrad(
         check("residual", residual, dz, dx.shape)
     precision = product_precision(dz, exact=feedback is not None)
     if config is None:
-        flags = {"pending": isinstance(dy, PendingGrad), "masked": mask is not None, "feedback": feedback is not None}
-        flags |= {"residual": residual is not None, "below": below is not None}
+        flags = {
+            "pending_grad": isinstance(dy, PendingGrad),
+            "masked": mask is not None,
+            "feedback": feedback is not None,
+        }
+        flags |= {"residual": residual is not None, "below": below is not None, "accumulate": accumulate}
         config = choose("dgrad1x1", shape_of(rows, c, k, conv, precision, **flags), dz.dtype, dz.device)
     partials = None
     if below is not None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
@@ -111,15 +111,6 @@ class Recorder(TritonKernels):
     ) -> tuple[Tensor, Tensor]:
         """No workload: it has nothing to do but for flagged channels, and which are is told by values."""
         return mean, var
-
-    def wgrad_bn_act(
-        self, grad: Tensor, mask: Tensor | None, operands: Sequence[tuple[Operand, Tensor | None, Conv]]
-    ) -> tuple[list[Tensor], Tensor]:
-        """A launch for each operand: one call for each."""
-        if len(operands) == 1:
-            return super().wgrad_bn_act(grad, mask, operands)
-        found = [self.wgrad_bn_act(grad, mask, [one]) for one in operands]
-        return [product for products, _ in found for product in products], found[0][1]
 
 
 def _recorded(name: str) -> Callable[..., Any]:

@@ -59,8 +59,8 @@ def choose(kernel: str, shape: Mapping[str, int], dtype: torch.dtype, device: to
 
     Args:
         kernel: one of ``configs.KERNELS``.
-        shape: rows "m", channels "c", outputs "k" where there are any, "h" and "w" for 3×3, "stride" other than 1; any other
-            name is a fusion flag ("residual", say), 0 where it is missing.
+        shape: rows "m", channels "c", those of a second operand "c2", outputs "k", "h" and "w" for 3×3, "stride": where there
+            are any; any other name is a fusion flag ("residual", say), 0 where it is missing.
     Raises:
         ValueError: no kernel has that name.
     """
@@ -122,7 +122,7 @@ class Entry:
 
 Table = dict[str, Entry]
 
-_GEOMETRY = ("c", "h", "k", "m", "stride", "w")
+_GEOMETRY = ("c", "c2", "h", "k", "m", "stride", "w")
 
 
 def entry_key(kernel: str, shape: Mapping[str, int], dtype: torch.dtype, gpu: devices.Device) -> str:
@@ -133,6 +133,8 @@ def entry_key(kernel: str, shape: Mapping[str, int], dtype: torch.dtype, gpu: de
     geometry = f"h{of('h', 0)} w{of('w', 0)} c{shape['c']} k{of('k', 0)} r{r} stride{of('stride', 1)}"
     bucket = max(0, shape["m"] - 1).bit_length()
     version = ".".join(triton.__version__.split(".")[:2])
+    if of("c2"):
+        geometry += f" c2_{of('c2')}"
     return (
         f"sm_{gpu.arch} {gpu.sms} {kernel} {str(dtype)[6:]} m2^{bucket} {geometry} [{flags}] triton{version} v{FORMAT}"
     )
