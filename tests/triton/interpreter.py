@@ -1,9 +1,11 @@
-"""Triton's interpreter made faithful for bfloat16, which it truncates where it should round, and multiplies as integers."""
+"""Triton's interpreter made faithful: bfloat16, which it truncates where it should round and multiplies as integers, and products
+in TF32, which it does not round."""
 
 from __future__ import annotations
 
 import numpy
 import triton.language as tl
+from triton._C.libtriton.ir import INPUT_PRECISION
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 _original = {
@@ -48,8 +50,23 @@ def _fp_to_fp(self, source, target, rounding):
     return _original["create_fp_to_fp"](self, source, target, rounding)
 
 
-def _dot(self, a, b, *rest):
-    return _original["create_dot"](self, _float(a), _float(b), *rest)
+def round_to_tf32(values: numpy.ndarray) -> numpy.ndarray:
+    """float32 without its last 13 bits, to nearest; Inf and NaN stay."""
+    bits = numpy.ascontiguousarray(values, dtype=numpy.float32).view(numpy.uint32)
+    rounded = ((bits + 0x1000) & 0xFFFFE000).astype(numpy.uint32).view(numpy.float32)
+    return numpy.where(numpy.isfinite(values), rounded, values)
+
+
+def _dot(self, a, b, acc, precision, *rest):
+    a, b = _float(a), _float(b)
+    if a.data.dtype != numpy.float32 or precision not in (INPUT_PRECISION.TF32, INPUT_PRECISION.TF32x3):
+        return _original["create_dot"](self, a, b, acc, precision, *rest)
+    high = [TensorHandle(round_to_tf32(x.data), x.dtype) for x in (a, b)]
+    if precision == INPUT_PRECISION.TF32x3:
+        low = [TensorHandle(round_to_tf32(x.data - big.data), x.dtype) for x, big in zip((a, b), high)]
+        for one, other in ((low[0], high[1]), (high[0], low[1])):
+            acc = _original["create_dot"](self, one, other, acc, precision, *rest)
+    return _original["create_dot"](self, *high, acc, precision, *rest)
 
 
 def _binary(self, a, b, op):

@@ -75,6 +75,20 @@ _SPILLING = {
     ("wgrad3x3", "half", 80, Config(32, 64, 64, 4, 3)),
     ("fprop3x3", "half", 80, Config(64, 128, 32, 4, 3)),
     ("fprop3x3", "half", 80, Config(64, 128, 64, 8, 4)),
+    ("fprop3x3", "tf32", 100, Config(128, 64, 32, 8, 3)),
+    ("fprop3x3", "tf32", 80, Config(64, 128, 32, 8, 3)),
+    ("wgrad1x1", "half", 100, Config(64, 128, 64, 8, 1)),
+    ("wgrad1x1", "half", 90, Config(32, 128, 64, 4, 3)),
+    ("wgrad1x1", "half", 90, Config(64, 128, 128, 8, 3)),
+    ("wgrad1x1", "tf32", 100, Config(32, 64, 64, 4, 1)),
+    ("fprop3x3", "tf32", 100, Config(128, 64, 32, 8, 2)),
+    ("fprop3x3", "tf32", 100, Config(128, 64, 32, 8, 4)),
+    ("fprop3x3", "tf32", 80, Config(64, 128, 32, 8, 2)),
+    ("wgrad1x1", "half", 90, Config(32, 128, 64, 4, 2)),
+    ("wgrad1x1", "half", 90, Config(32, 128, 64, 4, 4)),
+    ("wgrad1x1", "half", 90, Config(64, 128, 128, 8, 2)),
+    ("fprop3x3", "tf32", 80, Config(64, 128, 32, 8, 4)),
+    ("wgrad1x1", "half", 90, Config(64, 128, 128, 8, 4)),
 }
 
 
