@@ -228,8 +228,8 @@ def shipped() -> list[Case]:
     """Every variant of every kernel in every configuration; float16 compiles as bfloat16 does."""
     return [
         kernel.case(variant, dtype, arch, config)
-        for kernel, dtype, arch in itertools.product(REGISTRY, ("bfloat16", "float32", "tf32"), ARCHES)
-        if dtype != "tf32" or _has_tf32(kernel)
+        for kernel, arch in itertools.product(REGISTRY, ARCHES)
+        for dtype in ("bfloat16", "float32", *(("tf32",) if _has_tf32(kernel) else ()))
         for variant in kernel.variants
         for config in chosen(kernel, variant, dtype, arch)
     ]
@@ -237,11 +237,13 @@ def shipped() -> list[Case]:
 
 def default_suite(arch: int) -> list[Case]:
     """One configuration of every kernel and dtype: the fullest variant on sm_90, where float16 is looked at too."""
-    dtypes = ("bfloat16", "float32", "tf32", *(("float16",) if arch == 90 else ()))
-    return [
-        kernel.case(variant, dtype, arch, config)
-        for kernel, dtype in itertools.product(REGISTRY, dtypes)
-        for variant in [kernel.variants[0 if arch == 90 and dtype != "float16" else -1]]
-        for config in chosen(kernel, variant, dtype, arch)[:1]
-        if dtype in ("bfloat16", "float32") or (multiplies(kernel.name) if dtype == "float16" else _has_tf32(kernel))
-    ]
+    full = 0 if arch == 90 else -1
+    cases = []
+    for kernel in REGISTRY:
+        dtypes = {"bfloat16": full, "float32": full} | ({"tf32": full} if _has_tf32(kernel) else {})
+        if arch == 90 and multiplies(kernel.name):
+            dtypes["float16"] = -1
+        for dtype, variant in dtypes.items():
+            name = kernel.variants[variant]
+            cases.append(kernel.case(name, dtype, arch, chosen(kernel, name, dtype, arch)[0]))
+    return cases

@@ -53,7 +53,7 @@ def test_what_memory_bounds_takes_bytes_over_bandwidth():
         ("bn_act", 2),
         ("bn_backward_reduce", 2),
         ("bn_backward", 3),
-        ("add_relu", 3),
+        ("add_relu", 2),
     ):
         shape = {"m": m, "c": k}
         config = cost.ranked(kernel, shape, BF16, H200)[0]
@@ -116,12 +116,49 @@ def test_occupancy():
     assert cost.occupancy(128, 228 * devices.KIB, 8, H200) == 0
 
 
-def test_a_residual_costs_its_bytes():
-    config = cost.ranked("fprop1x1", EXPAND, BF16, H200)[0]
-    plain, added = (
-        cost.work("fprop1x1", shape, BF16, config, H200).memory_bytes for shape in (EXPAND, EXPAND | {"residual": 1})
-    )
-    assert added - plain == EXPAND["m"] * EXPAND["k"] * 2
+M, C, K = EXPAND.values()
+
+
+@pytest.mark.parametrize(
+    ("kernel", "flags", "more"),
+    [
+        ("fprop1x1", {"residual": 1}, 2 * M * K),
+        ("fprop1x1", {"mask": 1}, M * K / 8),
+        ("fprop1x1", {"c2": 32}, 2 * 32 * (M + K)),
+        ("dgrad1x1", {"residual": 1}, 2 * M * C),
+        ("dgrad1x1", {"below": 1, "accumulate": 1}, 4 * M * C),
+        ("dgrad1x1", {"masked": 1}, M * K / 8),
+        ("dgrad1x1", {"pending_grad": 1}, 2 * M * K),
+        ("dgrad1x1", {"feedback": 1}, 2 * (M * C + 2 * C * C)),  # the coupling has two parts
+        ("wgrad1x1", {"masked": 1, "pending_grad": 1}, M * K / 8 + 2 * M * K),
+        ("bn_act", {"residual": 1, "mask": 1}, 2 * M * C + M * C / 8),
+        ("bn_backward_reduce", {"activation": 1}, 2 * M * C),
+        ("bn_backward", {"mask": 1}, M * C / 8),
+        ("add_relu", {"residual": 1}, 2 * M * C),
+    ],
+)
+def test_what_a_flag_adds_costs_its_bytes(kernel, flags, more):
+    config = Config(64, 64, 64, 4, 2) if kernel in configs.PRODUCTS else Config(32, 64, 1, 4, 1)
+    plain, added = (cost.work(kernel, EXPAND | f, BF16, config, H200).memory_bytes for f in ({}, flags))
+    assert added - plain == more
+
+
+def test_a_second_operand_reads_the_gradient_once():
+    """As many programs: the partial results are as large; what is more is the second operand."""
+    config, shape = Config(64, 64, 64, 4, 2), {"m": M, "c": 64, "k": 4096}
+    plain, added = (cost.work("wgrad1x1", shape | f, BF16, config, H200) for f in ({"c": 128}, {"c2": 64}))
+    assert plain.programs == added.programs and plain.memory_bytes == added.memory_bytes
+
+
+@pytest.mark.parametrize(("precision", "factor"), [("tf32", 2), ("tf32x3", 6)])
+def test_rates_of_float32(precision, factor):
+    assert H200.rate(FP32, precision) == H200.half_rate / factor > H200.rate(FP32) == H200.float_rate
+    config = cost.ranked("fprop1x1", DEEP | {precision: 1}, FP32, H200)[0]
+    predicted = cost.predict("fprop1x1", DEEP | {precision: 1}, FP32, config, H200)
+    least = factor * 2 * math.prod(DEEP.values()) / H200.half_rate
+    assert least < predicted.seconds < 1.7 * least
+    slow = cost.ranked("fprop1x1", DEEP, FP32, H200)[0]
+    assert predicted.seconds < cost.predict("fprop1x1", DEEP, FP32, slow, H200).seconds
 
 
 # Devices

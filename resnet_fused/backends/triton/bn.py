@@ -188,10 +188,11 @@ def bn_act_backward_kernel(
     tl.store(dx + at, affine_in_centred(dz, tile, means, a_of, b_of, c_of).to(dtype), mask=valid)
 
 
-def tile_options(kernel: str, m: int, x: Tensor, config: Config | None) -> dict:
+def tile_options(kernel: str, m: int, x: Tensor, config: Config | None, **flags: bool) -> dict:
     """Constants and options of a kernel on tiles of m rows by the channels of ``x``; no tile is much wider than they are."""
     c = x.shape[1]
-    config = config or tuning.choose(kernel, {"m": m, "c": c}, x.dtype, x.device)
+    shape = {"m": m, "c": c} | {name: int(on) for name, on in flags.items()}
+    config = config or tuning.choose(kernel, shape, x.dtype, x.device)
     block_n = min(config.block_n, triton.next_power_of_2(c))
     block_m = config.block_m * (config.block_n // block_n)
     return {"ALIGNED": c % 8 == 0, "BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": config.warps}
@@ -230,7 +231,7 @@ def _bn_act(
     m, c = rows_of(check_dense(x).shape), x.shape[1]
     if residual is not None:
         check_dense(residual)
-    options = tile_options("bn_act", m, x, config)
+    options = tile_options("bn_act", m, x, config, residual=residual is not None, mask=mask is not None)
     grid = (triton.cdiv(m, options["BLOCK_M"]) * triton.cdiv(c, options["BLOCK_N"]),)
     bn_act_kernel[grid](
         x, scale, shift, x if residual is None else residual, out, out if mask is None else mask, m, c,
@@ -291,7 +292,8 @@ def bn_act_backward_reduce(
     Traffic: reads 2 times x.numel() elements (and one bit each with a mask), writes the activation on demand.
     """
     m, c = rows_of(check_dense(x).shape), x.shape[1]
-    options = tile_options("bn_backward_reduce", m, check_dense(grad), config)
+    flags = {"mask": mask is not None, "activation": want_activation}
+    options = tile_options("bn_backward_reduce", m, check_dense(grad), config, **flags)
     columns = triton.cdiv(c, options["BLOCK_N"])
     steps = steps_of(triton.cdiv(m, options["BLOCK_M"]), columns)
     partials = torch.empty(
@@ -321,7 +323,7 @@ def bn_act_backward(
     Traffic: reads 2 (and one bit each with a mask), writes 1 times x.numel() elements.
     """
     m, c = rows_of(check_dense(x).shape), x.shape[1]
-    options = tile_options("bn_backward", m, check_dense(grad), config)
+    options = tile_options("bn_backward", m, check_dense(grad), config, mask=mask is not None)
     dx = grad if inplace else torch.empty_like(x, memory_format=torch.channels_last)
     grid = (triton.cdiv(m, options["BLOCK_M"]) * triton.cdiv(c, options["BLOCK_N"]),)
     bn_act_backward_kernel[grid](

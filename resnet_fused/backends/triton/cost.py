@@ -29,7 +29,7 @@ _STREAMS = {
     "bn_act": (1, 1),
     "bn_backward_reduce": (2, 0),
     "bn_backward": (2, 1),
-    "add_relu": (2, 1),
+    "add_relu": (1, 1),
     "pool": (4, 1.5),  # of pooled pixels: four are read for each, with a byte for the winner
     "pool_backward": (1.375, 1),  # of pixels in front of the pooling
 }
@@ -157,6 +157,7 @@ def _stream(kernel: str, shape: Mapping[str, int], dtype: torch.dtype, config: C
     m, c = shape["m"], shape["c"]
     reads, writes = _STREAMS[kernel]
     reads += bool(shape.get("residual"))
+    writes += bool(shape.get("activation"))
     mask_bytes = m * c / 8 * bool(shape.get("mask"))  # read or written
     area = config.block_m * config.block_n
     down, across = math.ceil(m / config.block_m), math.ceil(c / config.block_n)

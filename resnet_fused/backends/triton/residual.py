@@ -76,10 +76,11 @@ def no_mask(x: Tensor) -> Tensor:
     return torch.empty(0, dtype=torch.uint8, device=x.device)
 
 
-def _geometry(x: Tensor, config: Config | None) -> tuple[tuple[int], int, int]:
+def _geometry(x: Tensor, config: Config | None, residual: bool, mask: bool) -> tuple[tuple[int], int, int]:
     """Grid, elements of a program, warps. A thread has eight elements: their byte of the mask never leaves it."""
     m, c = x.numel() // max(x.shape[1], 1), x.shape[1]
-    config = config or tuning.choose("add_relu", {"m": m, "c": c}, x.dtype, x.device)
+    shape = {"m": m, "c": c, "residual": int(residual), "mask": int(mask)}
+    config = config or tuning.choose("add_relu", shape, x.dtype, x.device)
     block = 8 * 32 * config.warps
     return (triton.cdiv(x.numel(), block),), block, config.warps
 
@@ -97,7 +98,7 @@ def add_relu(a: Tensor, b: Tensor, save_mask: bool, *, config: Config | None = N
     check_dense(a), check_dense(b)
     out = torch.empty_like(a, memory_format=torch.channels_last)
     mask = new_mask(a) if save_mask else no_mask(a)
-    grid, block, warps = _geometry(a, config)
+    grid, block, warps = _geometry(a, config, residual=True, mask=save_mask)
     add_relu_kernel[grid](a, b, out, mask, a.numel(), SAVE_MASK=save_mask, BLOCK=block, num_warps=warps)
     return out, mask
 
@@ -112,7 +113,7 @@ def mask_grad(grad: Tensor, mask: Tensor, *, config: Config | None = None) -> Te
     Traffic: reads 1 (and one bit each), writes 1 times grad.numel() elements.
     """
     out = torch.empty_like(check_dense(grad), memory_format=torch.channels_last)
-    grid, block, warps = _geometry(grad, config)
+    grid, block, warps = _geometry(grad, config, residual=False, mask=True)
     mask_grad_kernel[grid](grad, grad, out, mask, grad.numel(), ADD=False, BLOCK=block, num_warps=warps)
     return out
 
@@ -128,7 +129,7 @@ def mask_grad_add_(acc: Tensor, grad: Tensor, mask: Tensor, *, config: Config | 
     Traffic: reads 2 (and one bit each), writes 1 times acc.numel() elements.
     """
     check_dense(acc), check_dense(grad)
-    grid, block, warps = _geometry(acc, config)
+    grid, block, warps = _geometry(acc, config, residual=True, mask=True)
     mask_grad_kernel[grid](acc, grad, acc, mask, acc.numel(), ADD=True, BLOCK=block, num_warps=warps)
 
 
@@ -142,6 +143,6 @@ def pack_mask(out: Tensor, *, config: Config | None = None) -> Tensor:
     Traffic: reads 1 times out.numel() elements, writes one bit each.
     """
     mask = new_mask(check_dense(out))
-    grid, block, warps = _geometry(out, config)
+    grid, block, warps = _geometry(out, config, residual=False, mask=True)
     pack_mask_kernel[grid](out, mask, out.numel(), BLOCK=block, num_warps=warps)
     return mask
