@@ -83,7 +83,7 @@ def predicted(p: Pass, setting: Setting) -> dict[str, float]:
     least = bound(p, setting)
     if p.kernel is None:
         return least
-    # The model knows neither a second product, nor a pending gradient's second tensor, nor masks: the bound has their bytes.
+    # The model leaves out what hardly ranks, the mask of a residual, say: the bound has those bytes.
     return {limit: max(s, least.get(limit, 0.0)) for limit, s in launch(p.kernel, p.shape, setting).items()}
 
 

@@ -170,24 +170,27 @@ def _our_forward(block: Block, own_conv3x3: bool) -> Iterator[Pass]:
         yield stream(projection, "normalise", 2, "bn_act")
     if not last.covariance:
         yield from _raw_output(last, own_conv3x3, pending=True)
-        yield stream(last, "normalise, add, relu", 3 + BIT, "bn_act", residual=1)
+        yield stream(last, "normalise, add, relu", 3 + BIT, "bn_act", residual=1, mask=1)
         return
     yield _gram(last, pending=True)
     moved = last.read + last.weight + (1 + BIT) * last.y
     if dual:
         moved += projection.read + projection.weight
-        yield product(last, "fprop", moved, projection.flops, pending=1, dual=1)
+        yield product(last, "fprop", moved, projection.flops, pending=1, mask=1, c2=projection.c)
     else:
-        yield product(last, "fprop", moved + last.y, pending=1, residual=1)
+        yield product(last, "fprop", moved + last.y, pending=1, residual=1, mask=1)
 
 
 def _our_backward(block: Block, own_conv3x3: bool) -> Iterator[Pass]:
     """As ``chain_backward``: from the block's output down the path, then the projection."""
     first, last = block.path[0], block.path[-1]
     masked_grad = (1 + BIT) * last.y
-    for u in block.units:
-        if u.covariance:
-            yield product(u, "wgrad", masked_grad + u.read + 2 * u.weight, masked=1)
+    through_covariance = [u for u in (last, block.projection) if u is not None and u.covariance]
+    if through_covariance:  # one launch, at the first of them
+        u, *others = through_covariance
+        moved = masked_grad + sum(each.read + 2 * each.weight for each in through_covariance)
+        more = {"flops": sum(each.flops for each in others), "c2": sum(each.c for each in others)}
+        yield product(u, "wgrad", moved, **more, pending=int(u is last), masked=1)
     path = list(block.path)
     dy = last.y  # bytes that form the gradient at the unit's raw output: its own, or those of a pending one
     if last.covariance:
@@ -196,11 +199,11 @@ def _our_backward(block: Block, own_conv3x3: bool) -> Iterator[Pass]:
         path.pop()
         dy = yield from _through_norm(path[-1], own_conv3x3, has_relu=False)
     else:
-        yield stream(last, "backward sums", 2 + BIT, "bn_backward_reduce")
+        yield stream(last, "backward sums", 2 + BIT, "bn_backward_reduce", mask=1)
         if last.is_pointwise:
             dy += masked_grad
         else:
-            yield stream(last, "backward", 3 + BIT, "bn_backward")
+            yield stream(last, "backward", 3 + BIT, "bn_backward", mask=1)
     while len(path) > 1:
         u = path.pop()
         if is_own(u, own_conv3x3):
@@ -208,8 +211,7 @@ def _our_backward(block: Block, own_conv3x3: bool) -> Iterator[Pass]:
             yield product(u, "wgrad", dy + u.read + 2 * u.weight, pending=1, pending_grad=int(dy > u.y))
         else:
             yield convolution(u, "dgrad")
-            # A third tensor, here written: to the model it is as the residual that other streams read.
-            yield stream(path[-1], "backward sums, activation", 3, "bn_backward_reduce", residual=1)
+            yield stream(path[-1], "backward sums, activation", 3, "bn_backward_reduce", activation=1)
             yield convolution(u, "wgrad")
         dy = yield from _through_norm(path[-1], own_conv3x3, has_relu=not is_own(u, own_conv3x3))
     yield from _to_the_input(first, dy, own_conv3x3, has_identity=block.projection is None)
@@ -238,22 +240,22 @@ def _to_the_input(u: Unit, dy: int, own_conv3x3: bool, has_identity: bool) -> It
         yield stream(u, "backward", 3, "bn_backward")
     yield convolution(u, "dgrad")
     if has_identity:
-        shape = (("m", u.n * u.h * u.w), ("c", u.c))
+        shape = (("m", u.n * u.h * u.w), ("c", u.c), ("residual", 1), ("mask", 1))
         yield Pass(u, "add masked gradient", 2 * u.x + through, 0, "add_relu", shape)
 
 
 def _our_projection_backward(u: Unit) -> Iterator[Pass]:
     if u.covariance:
-        moved = (1 + BIT) * u.y + u.weight + 3 * u.read  # what it adds to is read too, as a residual is
-        yield product(u, "dgrad", moved, feedback_flops(u), masked=1, feedback=1, residual=1)
+        moved = (1 + BIT) * u.y + u.weight + 3 * u.read  # what it adds to is read too
+        yield product(u, "dgrad", moved, feedback_flops(u), masked=1, feedback=1, accumulate=1)
         return
-    yield stream(u, "backward sums", 2 + BIT, "bn_backward_reduce")
+    yield stream(u, "backward sums", 2 + BIT, "bn_backward_reduce", mask=1)
     if u.stride == 1:
         dy = (2 + BIT) * u.y
         yield product(u, "wgrad", dy + u.read + 2 * u.weight, pending_grad=1, masked=1)
         yield product(u, "dgrad", dy + u.weight + u.x, pending_grad=1, masked=1)
     else:
-        yield stream(u, "backward", 3 + BIT, "bn_backward")
+        yield stream(u, "backward", 3 + BIT, "bn_backward", mask=1)
         yield product(u, "wgrad", u.y + u.read + 2 * u.weight)
         yield convolution(u, "dgrad")
     yield Pass(u, "add gradients", 3 * u.x)
