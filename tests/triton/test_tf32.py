@@ -11,18 +11,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from covariance_cases import Case
+from covariance_cases import Case, three
 from interpreter import round_to_tf32
 from test_backend import BLOCKS, _block, compare, hold_clear, tv
-from test_covariance_accuracy import SWEEP, check
+from test_covariance_accuracy import SWEEP, check, flagged_by
+from test_workloads import NETWORKS
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 import resnet_fused
 from resnet_fused.backends.kernels import Conv
-from resnet_fused.backends.triton import conv3x3, cross_products, devices, dispatch, launching, products
+from resnet_fused.backends.triton import configs, conv3x3, cross_products, devices, dispatch, launching, products, trial
 from resnet_fused.backends.triton.launching import product_precision
+from resnet_fused.workloads import workloads
 
 FP32 = torch.float32
 SETTING = torch.backends.cudnn
@@ -137,6 +139,28 @@ def test_one_product_would_not_do_where_statistics_come_from_a_covariance(tf32, 
     tell_launchers(monkeypatch, lambda x, exact: as_on_a_gpu(x, False))
     with pytest.raises(AssertionError, match="dweight: error"):
         check(Case(gradient_mean=10, rows=(2, 12, 12), channels=(16, 64)), FP32)
+
+
+@pytest.mark.parametrize(("case", "expected"), [(Case(), 0), (Case(mean=1), 0), (Case(delta=1e-4), 128)])
+def test_which_channels_are_flagged(tf32, case, expected):
+    """Those that Cov, summed in float32, cannot tell as well as stock's rounded products: κ > 512, not κ > 2⁴⁴."""
+    case = Case(**vars(case) | {"rows": (2, 12, 12)})
+    assert flagged_by(lambda: three(case, FP32)[0], dispatch.TritonKernels) == [expected]
+
+
+def test_the_tuner_expects_of_tf32_what_it_can_give(monkeypatch):
+    """And of three products what float32 gives."""
+    tell_launchers(monkeypatch, as_on_a_gpu)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
+        found = list(workloads(NETWORKS["bottleneck"](), 2, 32, FP32, True))
+    for precision in ("tf32", "tf32x3"):
+        kernels = ("fprop1x1", "dgrad1x1", "wgrad1x1")
+        some = [w for w in found if w.kernel in kernels and configs.precision_of(w.shape) == precision]
+        smallest = {w.kernel: w for w in sorted(some, key=lambda w: -w.flops)}
+        assert set(smallest) == set(kernels)
+        accuracies = [trial.Trial(workload, torch.device("cpu")).accuracy() for workload in smallest.values()]
+        assert all(accuracy.is_right for accuracy in accuracies)
+        assert (max(accuracy.ours for accuracy in accuracies) > 1e-5) == (precision == "tf32")
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])

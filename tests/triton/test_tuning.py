@@ -127,6 +127,7 @@ def test_a_key_tells_apart_what_matters():
     others = [
         key("dgrad1x1"), key(dtype=torch.float16), key(device=devices.DEVICES["B200"]), key(c=65), key(k=255), key(h=56, w=56),
         key(stride=2), key(residual=1), key(residual=1, stats=1), key(m=4 * EXPAND["m"]), key("fprop3x3"),
+        key(c2=64), key(c2=65), key(tf32=1), key(tf32x3=1),
         key(device=dataclasses.replace(H200, sms=66)),
     ]  # fmt: skip
     assert len({key(), *others}) == len(others) + 1
