@@ -1,0 +1,118 @@
+"""The CUDA kernels compiled for a processor: building them, and calling them with tensors.
+
+With ``EMULATED_SANITIZED`` in the environment, the name of a dtype, they are built for that one, with AddressSanitizer and
+UndefinedBehaviorSanitizer, whose libraries must then be loaded before Python (``LD_PRELOAD``).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import math
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from resnet_fused.backends.aten import layout_of
+
+HERE = Path(__file__).resolve().parent
+CUDA = HERE.parents[1] / "csrc" / "cuda"
+SANITIZED = os.environ.get("EMULATED_SANITIZED", "")
+SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # in the order of kernels.cpp
+EDGE = 64  # elements of a guard band
+
+
+def compiler() -> str | None:
+    return shutil.which(os.environ.get("CXX", "g++"))
+
+
+def build(
+    folder: Path,
+    sources: dict[str, str] | None = None,
+    main: Path = HERE / "kernels.cpp",
+    only: torch.dtype | None = None,
+) -> Path:
+    """A library of the kernels; ``sources``: text that replaces a file of csrc/cuda; ``only``: of one dtype."""
+    include = Path(torch.__file__).parent / "include"
+    folders = [HERE, CUDA, include, include / "torch" / "csrc" / "api" / "include"]
+    if sources:
+        copy = folder / hashlib.sha256(repr(sources).encode()).hexdigest()[:16]
+        shutil.copytree(CUDA, copy, dirs_exist_ok=True)
+        for name, text in sources.items():
+            (copy / name).write_text(text, encoding="utf-8")
+        folders[1] = folder = copy
+    only = getattr(torch, SANITIZED) if SANITIZED else only
+    library = folder / f"{main.stem}{'_asan' if SANITIZED else ''}.so"
+    command = [compiler(), "-std=c++20", "-O1", "-g1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror"]
+    command += ["-Wno-unknown-pragmas", "-Wno-clobbered", *(SANITIZERS if SANITIZED else ())]
+    command += [f"-DONLY_DTYPE={DTYPES.index(only)}"] if only else []
+    command += [f"-I{path}" for path in folders]
+    subprocess.run([*command, str(main), "-o", str(library)], check=True)
+    return library
+
+
+class Shape(ctypes.Structure):
+    _fields_ = [("count", ctypes.c_int64), *((name, ctypes.c_int) for name in ("inner", "channels", "aligned"))]
+
+
+class Run(ctypes.Structure):
+    _fields_ = [("blocks", ctypes.c_int), ("splits", ctypes.c_int), ("seed", ctypes.c_uint)]
+
+
+class Banded:
+    """Memory for a tensor between two guard bands, full of NaN (integers: 255), ``offset`` elements from where it is aligned."""
+
+    def __init__(self, count: int, dtype: torch.dtype, offset: int = 0) -> None:
+        self._fill = math.nan if dtype.is_floating_point else 255
+        self._memory = torch.full((count + 2 * EDGE + offset,), self._fill, dtype=dtype)
+        self._begin = EDGE + offset
+        self.flat = self._memory[self._begin : self._begin + count]
+
+    def holding(self, values: Tensor) -> Banded:
+        self.flat.copy_(values)
+        return self
+
+    def check(self) -> Tensor:
+        """The tensor; raises where something was written outside of it."""
+        guards = torch.cat([self._memory[: self._begin], self._memory[self._begin + self.flat.numel() :]])
+        untouched = guards.isnan() if guards.is_floating_point() else guards == 255
+        assert untouched.all(), f"{int((~untouched).sum())} elements were written outside of the tensor"
+        return self.flat
+
+
+def memory_order(x: Tensor) -> Tensor:
+    return (x.permute(0, 2, 3, 1) if layout_of(x) == torch.channels_last else x).reshape(-1)
+
+
+class Kernels:
+    """Calls of a library. Tensors are ``Banded``; results too."""
+
+    def __init__(self, library: Path) -> None:
+        self._library = ctypes.CDLL(str(library))
+
+    def __call__(self, name: str, dtype: torch.dtype, *arguments: object) -> None:
+        function = getattr(self._library, name)
+        function.restype = ctypes.c_char_p
+        converted = []
+        for value in arguments:
+            if value is None:
+                converted.append(ctypes.c_void_p(None))
+            elif isinstance(value, Banded):
+                converted.append(ctypes.c_void_p(value.flat.data_ptr()))
+            elif isinstance(value, float):
+                converted.append(ctypes.c_double(value))
+            else:
+                converted.append(value)
+        error = function(DTYPES.index(dtype), *converted)
+        if error is not None:
+            raise RuntimeError(error.decode())
+
+
+def shape_of(x: Tensor, aligned: bool = True) -> Shape:
+    _, c, h, w = x.shape
+    return Shape(x.numel(), 1 if layout_of(x) == torch.channels_last else h * w, c, int(aligned))

@@ -1,0 +1,165 @@
+// The kernels as functions of C, for tests: they run on a processor. A function returns null, or says what went wrong.
+#include "emulation.h"
+
+#include "elementwise.cuh"
+
+#include "channel_sums.cuh"
+
+#include <tuple>
+
+using namespace resnet_fused::cuda;
+
+namespace {
+
+std::string message;
+
+template <class Body>
+const char* guarded(Body body) {
+  try {
+    body();
+    return nullptr;
+  } catch (const std::exception& error) {
+    message = error.what();
+    return message.c_str();
+  }
+}
+
+// Calls body with a null pointer of the activations' type; ONLY_DTYPE leaves out the others, which compiles faster.
+template <class Body>
+const char* typed(int dtype, Body body) {
+  return guarded([&] {
+#if defined(ONLY_DTYPE)
+    using All = std::tuple<double, float, BFloat16, Half>;
+    if (dtype != ONLY_DTYPE) throw std::invalid_argument("dtype: left out");
+    body(static_cast<std::tuple_element_t<ONLY_DTYPE, All>*>(nullptr));
+#else
+    switch (dtype) {
+      case 0: return body(static_cast<double*>(nullptr));
+      case 1: return body(static_cast<float*>(nullptr));
+      case 2: return body(static_cast<BFloat16*>(nullptr));
+      case 3: return body(static_cast<Half*>(nullptr));
+      default: throw std::invalid_argument("dtype");
+    }
+#endif
+  });
+}
+
+template <class Body>
+void gate_of(int gate, Body body) {
+  switch (gate) {
+    case 0: return body(std::integral_constant<Gate, Gate::kOpen>());
+    case 1: return body(std::integral_constant<Gate, Gate::kMask>());
+    default: return body(std::integral_constant<Gate, Gate::kActivation>());
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+// How a call is run: blocks of the grid, and the seed of the order.
+struct Run {
+  int blocks, splits;
+  unsigned seed;
+};
+
+struct Shape {
+  int64_t count;
+  int inner, channels, aligned;
+  Elements elements() const { return {count, inner, channels, aligned != 0}; }
+};
+
+const char* bn_act(int dtype, Shape shape, Run run, const void* x, const void* scale, const void* shift,
+                   const void* residual, int relu, void* out, uint8_t* mask) {
+  return typed(dtype, [&]<class T>(T*) {
+    const auto kernel = relu ? bn_act_kernel<T, true> : bn_act_kernel<T, false>;
+    using A = Accumulate<T>;
+    emulation::launch(run.blocks, kThreads, run.seed, kernel, static_cast<const T*>(x), static_cast<const A*>(scale),
+                      static_cast<const A*>(shift), static_cast<const T*>(residual), static_cast<T*>(out), mask,
+                      shape.elements());
+  });
+}
+
+const char* add_relu(int dtype, Shape shape, Run run, const void* a, const void* b, void* out, uint8_t* mask) {
+  return typed(dtype, [&]<class T>(T*) {
+    emulation::launch(run.blocks, kThreads, run.seed, add_relu_kernel<T>, static_cast<const T*>(a),
+                      static_cast<const T*>(b), static_cast<T*>(out), mask, shape.elements());
+  });
+}
+
+const char* mask_grad(int dtype, Shape shape, Run run, const void* grad, const uint8_t* mask, int add, void* out) {
+  return typed(dtype, [&]<class T>(T*) {
+    const auto kernel = add ? mask_grad_kernel<T, true> : mask_grad_kernel<T, false>;
+    emulation::launch(run.blocks, kThreads, run.seed, kernel, static_cast<const T*>(grad), mask, static_cast<T*>(out),
+                      shape.elements());
+  });
+}
+
+const char* bn_backward(int dtype, Shape shape, Run run, int gate, const void* grad, const void* x, const uint8_t* mask,
+                        const void* mean, const void* scale, const void* shift, const void* a, const void* b,
+                        const void* c, void* dx) {
+  return typed(dtype, [&]<class T>(T*) {
+    using A = Accumulate<T>;
+    const Norm<T> norm{static_cast<const A*>(mean), static_cast<const A*>(scale), static_cast<const A*>(shift)};
+    gate_of(gate, [&]<Gate kGate>(std::integral_constant<Gate, kGate>) {
+      emulation::launch(run.blocks, kThreads, run.seed, bn_backward_kernel<T, kGate>, static_cast<const T*>(grad),
+                        static_cast<const T*>(x), mask, norm, static_cast<const A*>(a), static_cast<const A*>(b),
+                        static_cast<const A*>(c), static_cast<T*>(dx), shape.elements());
+    });
+  });
+}
+}
+
+namespace {
+
+template <class T, class Pass>
+void channel_sums(const Shape& shape, const Run& run, const Pass& pass, Accumulate<T>* partials) {
+  const Elements e = shape.elements();
+  if (e.inner == 1) {
+    const int64_t rows = e.count / e.channels, each = (rows + run.splits - 1) / run.splits;
+    const dim3 grid((e.channels + kLanes * kOctet - 1) / (kLanes * kOctet), run.splits);
+    emulation::launch(grid, kThreads, run.seed, sums_of_columns_kernel<T, Pass>, pass, partials, rows, each, e);
+  } else {
+    const int64_t images = e.count / e.channels / e.inner, octets = images * ((e.inner + kOctet - 1) / kOctet);
+    const int64_t each = (octets + run.splits - 1) / run.splits;
+    const dim3 grid(e.channels, run.splits);
+    emulation::launch(grid, kThreads, run.seed, sums_of_planes_kernel<T, Pass>, pass, partials, images, each, e);
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+const char* bn_stats(int dtype, Shape shape, Run run, const void* x, void* partials, void* mean, void* var,
+                     void* running_mean, void* running_var, const int64_t* batches, double momentum) {
+  return typed(dtype, [&]<class T>(T*) {
+    using A = Accumulate<T>;
+    channel_sums<T>(shape, run, StatisticsPass<T>{static_cast<const T*>(x)}, static_cast<A*>(partials));
+    const Running<A> running{static_cast<A*>(running_mean), static_cast<A*>(running_var), batches, momentum};
+    emulation::launch((shape.channels + kThreads - 1) / kThreads, kThreads, run.seed, finalise_moments_kernel<A>,
+                      static_cast<const A*>(partials), run.splits, int64_t{shape.channels}, static_cast<A*>(mean),
+                      static_cast<A*>(var), running);
+  });
+}
+
+const char* bn_backward_reduce(int dtype, Shape shape, Run run, int gate, int relu, const void* grad, const void* x,
+                               const uint8_t* mask, const void* mean, const void* scale, const void* shift,
+                               void* activation, void* partials, void* sum, void* centred) {
+  return typed(dtype, [&]<class T>(T*) {
+    using A = Accumulate<T>;
+    const Norm<T> norm{static_cast<const A*>(mean), static_cast<const A*>(scale), static_cast<const A*>(shift)};
+    gate_of(gate, [&]<Gate kGate>(std::integral_constant<Gate, kGate>) {
+      const auto run_pass = [&]<bool kRelu>(std::bool_constant<kRelu>) {
+        const GradientPass<T, kGate, kRelu> pass{static_cast<const T*>(grad), static_cast<const T*>(x), mask, norm,
+                                                 static_cast<T*>(activation)};
+        channel_sums<T>(shape, run, pass, static_cast<A*>(partials));
+      };
+      relu ? run_pass(std::true_type()) : run_pass(std::false_type());
+    });
+    emulation::launch((shape.channels + kThreads - 1) / kThreads, kThreads, run.seed, finalise_sums_kernel<A>,
+                      static_cast<const A*>(partials), run.splits, int64_t{shape.channels}, static_cast<A*>(sum),
+                      static_cast<A*>(centred));
+  });
+}
+}

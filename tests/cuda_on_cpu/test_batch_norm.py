@@ -1,0 +1,251 @@
+"""Batch norm's kernels and residual additions, run by emulation: every dtype, layout and tail against float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from emulated import DTYPES, Banded, Kernels, Run, memory_order, shape_of
+from torch import Tensor
+
+from resnet_fused.backends.aten import AtenKernels, pack_mask
+from resnet_fused.testing import assert_as_accurate
+
+ATEN = AtenKernels()
+SHAPES = [(2, 3, 5, 7), (1, 17, 3, 3), (2, 40, 4, 6), (3, 264, 3, 5), (1, 1, 1, 9)]
+LAYOUTS = [torch.channels_last, torch.contiguous_format]
+every_case = pytest.mark.parametrize(
+    "dtype, shape, layout",
+    [(dtype, shape, layout) for dtype in DTYPES for shape in SHAPES for layout in LAYOUTS],
+    ids=lambda value: str(value).removeprefix("torch."),
+)
+RUN = Run(3, 4, 1)
+GATES = {"open": 0, "mask": 1, "activation": 2}
+
+
+def image(dtype: torch.dtype, shape: tuple[int, ...], layout: torch.memory_format, mean: float = 0.0) -> Tensor:
+    return (torch.randn(shape, dtype=torch.float64) + mean).to(dtype).contiguous(memory_format=layout)
+
+
+def vector(dtype: torch.dtype, channels: int, low: float = -1.0) -> Tensor:
+    return (low + 2 * torch.rand(channels, dtype=torch.float64)).to(
+        torch.float64 if dtype == torch.float64 else torch.float32
+    )
+
+
+def banded(t: Tensor | None, offset: int = 0) -> Banded | None:
+    if t is None:
+        return None
+    return Banded(t.numel(), t.dtype, offset).holding(memory_order(t) if t.dim() == 4 else t)
+
+
+def like(banded_flat: Tensor, x: Tensor) -> Tensor:
+    """Results in memory order as a tensor of x's shape and layout."""
+    out = torch.empty_like(x, dtype=banded_flat.dtype)
+    memory_order(out).copy_(banded_flat)
+    return out
+
+
+def call(kernels: Kernels, name: str, x: Tensor, *arguments: Any, run: Run = RUN, aligned: bool = True) -> None:
+    kernels(name, x.dtype, shape_of(x, aligned), run, *arguments)
+
+
+def mask_memory(x: Tensor) -> Banded:
+    return Banded((x.numel() + 7) // 8, torch.uint8)
+
+
+def check_bn_act(kernels, dtype, shape, layout, residual=True, relu=True, masked=True, offset=0, inplace=False):
+    x, scale, shift = image(dtype, shape, layout), vector(dtype, shape[1]), vector(dtype, shape[1])
+    r = image(dtype, shape, layout) if residual else None
+    at = banded(x, offset)
+    out = at if inplace else Banded(x.numel(), dtype, offset)
+    mask = mask_memory(x) if masked else None
+    call(
+        kernels,
+        "bn_act",
+        x,
+        at,
+        banded(scale),
+        banded(shift),
+        banded(r, offset),
+        int(relu),
+        out,
+        mask,
+        aligned=not offset,
+    )
+    found = like(out.check(), x)
+    wide = [t if t is None else t.double() for t in (x, scale, shift, r)]
+    gold = ATEN.bn_act(*wide, relu, False)[0]
+    stock = ATEN.bn_act(x, scale, shift, r, relu, False)[0]
+    assert_as_accurate(found, stock, gold)
+    if masked and relu:
+        assert torch.equal(mask.check(), pack_mask(~(found <= 0)))
+
+
+@every_case
+def test_bn_act(kernels, dtype, shape, layout):
+    check_bn_act(kernels, dtype, shape, layout)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"residual": False},
+        {"relu": False},
+        {"masked": False},
+        {"offset": 1},
+        {"inplace": True},
+        {"inplace": True, "offset": 3},
+    ],
+    ids=str,
+)
+def test_bn_act_options(kernels, dtype, options):
+    check_bn_act(kernels, dtype, (2, 40, 4, 6), torch.channels_last, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[2:], ids=str)
+def test_the_mask_is_of_what_is_stored(kernels, dtype):
+    """A positive number that rounds to 0 passes no gradient."""
+    x, mask = (
+        torch.ones(1, 8, 1, 2).to(dtype).contiguous(memory_format=torch.channels_last),
+        mask_memory(torch.ones(16)),
+    )
+    out, scale, shift = Banded(16, dtype), torch.full((8,), 1e-43), torch.zeros(8)
+    call(kernels, "bn_act", x, banded(x), banded(scale), banded(shift), None, 1, out, mask)
+    assert not out.check().any() and not mask.check().any()
+
+
+@every_case
+def test_add_relu(kernels, dtype, shape, layout):
+    a, b = image(dtype, shape, layout), image(dtype, shape, layout)
+    out, mask = Banded(a.numel(), dtype), mask_memory(a)
+    call(kernels, "add_relu", a, banded(a), banded(b), out, mask)
+    expected = ATEN.add_relu(a, b, True)
+    assert torch.equal(like(out.check(), a), expected[0]) and torch.equal(mask.check(), expected[1])
+
+
+@every_case
+@pytest.mark.parametrize("add", [False, True])
+def test_mask_grad(kernels, dtype, shape, layout, add):
+    grad, acc = image(dtype, shape, layout), image(dtype, shape, layout)
+    mask = pack_mask(torch.randn(shape).contiguous(memory_format=layout) > 0)
+    out = banded(acc) if add else Banded(acc.numel(), dtype)
+    call(kernels, "mask_grad", grad, banded(grad), banded(mask), int(add), out)
+    if add:
+        ATEN.mask_grad_add_(acc, grad, mask)
+    else:
+        acc = ATEN.mask_grad(grad, mask)
+    assert torch.equal(like(out.check(), grad), acc)
+
+
+def gradients(dtype, shape, layout, gate):
+    x, grad = image(dtype, shape, layout, 0.5), image(dtype, shape, layout)
+    vectors = [vector(dtype, shape[1], -0.5) for _ in range(3)]  # mean, scale, shift
+    mask = pack_mask(torch.randn(shape).contiguous(memory_format=layout) > 0) if gate == "mask" else None
+    return x, grad, vectors, mask
+
+
+@every_case
+@pytest.mark.parametrize("gate", GATES)
+def test_bn_backward(kernels, dtype, shape, layout, gate):
+    x, grad, vectors, mask = gradients(dtype, shape, layout, gate)
+    coefficients = [vector(dtype, shape[1]) for _ in range(3)]
+    coefficients[1][::3] = 0
+    out = Banded(x.numel(), dtype)
+    gates = banded(grad), banded(x), banded(mask)
+    call(kernels, "bn_backward", x, GATES[gate], *gates, *map(banded, (*vectors, *coefficients)), out)
+    sides = (
+        [x, grad, vectors, coefficients],
+        [x.double(), grad.double(), [v.double() for v in vectors], [c.double() for c in coefficients]],
+    )
+    stock, gold = (ATEN.bn_act_backward(g, v, mask, *of, gate == "activation", tuple(c)) for v, g, of, c in sides)
+    assert_as_accurate(like(out.check(), x), stock, gold)
+
+
+def exact_moments(x: Tensor) -> list[Tensor]:
+    """In more than float64."""
+    matrix = memory_order(x.contiguous(memory_format=torch.channels_last)).view(-1, x.shape[1]).double().numpy()
+    matrix = matrix.astype(numpy.longdouble)
+    return [torch.from_numpy(moment.astype(numpy.float64)) for moment in (matrix.mean(0), matrix.var(0))]
+
+
+def check_bn_stats(kernels, dtype, shape, layout, mean=0.0, run=RUN, momentum=0.1):
+    x = image(dtype, shape, layout, mean)
+    of = torch.float64 if dtype == torch.float64 else torch.float32
+    outs = [Banded(shape[1], of) for _ in range(2)]
+    running = [vector(dtype, shape[1]), vector(dtype, shape[1], 0.5)]
+    stores = [banded(t) for t in running]
+    partials = Banded(run.splits * 3 * shape[1], of)
+    batches = torch.tensor([4])
+    call(kernels, "bn_stats", x, banded(x), partials, *outs, *stores, banded(batches), momentum, run=run)
+    partials.check()
+    gold, stock = exact_moments(x), ATEN.bn_stats(x)
+    count = x.numel() // shape[1]
+    factor = 0.25 if momentum < 0 else momentum
+    for out, theirs, exact, store, before, unbiased in zip(
+        outs, stock, gold, stores, running, (1.0, count / (count - 1))
+    ):
+        assert_as_accurate(out.check(), theirs, exact, scale=mean)
+        after = torch.lerp(before.double(), exact * unbiased, factor)
+        assert_as_accurate(store.check(), after.to(of), after, ulps=4, scale=mean)
+    return [out.check().clone() for out in outs]
+
+
+@every_case
+def test_bn_stats(kernels, dtype, shape, layout):
+    check_bn_stats(kernels, dtype, shape, layout)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_statistics_far_from_zero_and_a_cumulative_average(kernels, dtype, layout):
+    check_bn_stats(kernels, dtype, (4, 40, 16, 9), layout, mean=100.0, momentum=-1.0)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_the_order_of_blocks_and_threads_does_not_count(kernels, layout):
+    found = []
+    for seed in range(4):
+        torch.manual_seed(0)
+        found.append(check_bn_stats(kernels, torch.float32, (2, 40, 8, 9), layout, run=Run(3, 5, seed)))
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other))
+
+
+@every_case
+@pytest.mark.parametrize("gate, activation", [("open", False), ("mask", True), ("activation", True)])
+def test_bn_backward_reduce(kernels, dtype, shape, layout, gate, activation):
+    x, grad, vectors, mask = gradients(dtype, shape, layout, gate)
+    of = vectors[0].dtype
+    sums, partials = [Banded(shape[1], of) for _ in range(2)], Banded(RUN.splits * 2 * shape[1], of)
+    written = Banded(x.numel(), dtype) if activation else None
+    relu = gate == "activation"
+    inputs = (banded(t) for t in (grad, x, mask, *vectors))
+    call(kernels, "bn_backward_reduce", x, GATES[gate], int(relu), *inputs, written, partials, *sums)
+    partials.check()
+    wide = [v.double() for v in vectors]
+    gold = ATEN.bn_act_backward_reduce(grad.double(), x.double(), mask, *wide, relu, activation)
+    stock = ATEN.bn_act_backward_reduce(grad, x, mask, *vectors, relu, activation)
+    if activation:
+        assert_as_accurate(like(written.check(), x), stock[2], gold[2])
+    rows = x.numel() // shape[1]
+    for found, theirs, exact in zip(sums, stock, gold):
+        assert_as_accurate(found.check(), theirs, exact, rows=rows, scale=1.0)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_nan_and_inf_stay_in_their_channels(kernels, layout):
+    x = image(torch.float32, (2, 40, 4, 6), layout)
+    x[0, 3, 1, 1], x[1, 5, 2, 2] = float("nan"), float("inf")
+    out, mask = Banded(x.numel(), x.dtype), mask_memory(x)
+    scale, shift = vector(x.dtype, 40, 0.5), vector(x.dtype, 40)
+    call(kernels, "bn_act", x, banded(x), banded(scale), banded(shift), None, 1, out, mask)
+    expected, bits = ATEN.bn_act(x, scale, shift, None, True, True)
+    assert torch.equal(like(out.check(), x).isnan(), expected.isnan()) and torch.equal(mask.check(), bits)
+    mean, var = Banded(40, x.dtype), Banded(40, x.dtype)
+    call(kernels, "bn_stats", x, banded(x), Banded(4 * 3 * 40, x.dtype), mean, var, None, None, None, 0.1)
+    expected = ATEN.bn_stats(x)
+    for found, theirs in zip((mean, var), expected):
+        assert torch.equal(found.check().isfinite(), theirs.isfinite())

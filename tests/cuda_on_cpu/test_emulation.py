@@ -1,0 +1,187 @@
+"""The emulation sees what a GPU would let pass; planted faults in the kernels are seen; sanitizers find nothing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import emulated
+import pytest
+import test_batch_norm as batch_norm
+import torch
+from emulated import CUDA, HERE, SANITIZED, Banded, Kernels
+
+FP32 = torch.float32
+NAMES = (
+    "sums",
+    "without_barrier",
+    "barrier_in_a_branch",
+    "mask_without_the_caller",
+    "mask_with_lanes_that_do_not_call",
+    "lane_outside_the_mask",
+    "different_arrays",
+    "beyond_shared_memory",
+    "order_of_blocks",
+)
+
+
+@pytest.fixture(scope="module")
+def warps(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
+    return Kernels(emulated.build(tmp_path_factory.mktemp("warps"), main=HERE / "warp_kernels.cpp"))
+
+
+def run(warps: Kernels, name: str, blocks: int = 3, seed: int = 0) -> torch.Tensor:
+    out = Banded(64, FP32)
+    warps("warp_kernel", FP32, NAMES.index(name), blocks, seed, out)
+    return out.check()[:blocks]
+
+
+def test_shuffles_votes_and_barriers(warps):
+    assert run(warps, "sums").tolist() == [2016.0] * 3
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("barrier_in_a_branch", "a barrier that some threads of the block never reach"),
+        ("mask_without_the_caller", "mask leaves out the caller"),
+        ("mask_with_lanes_that_do_not_call", "waits for lanes that its mask names"),
+        ("lane_outside_the_mask", "reads a lane outside its mask"),
+        ("different_arrays", "different shared arrays"),
+    ],
+)
+def test_what_would_hang_or_be_undefined_is_told(warps, name, complaint):
+    with pytest.raises(RuntimeError, match=complaint):
+        run(warps, name)
+
+
+def test_a_missing_barrier_shows(warps):
+    """The threads that have not run yet have left NaN."""
+    assert any(run(warps, "without_barrier", 1, seed).isnan() for seed in range(3))
+
+
+def test_blocks_run_in_shuffled_order(warps):
+    assert len({run(warps, "order_of_blocks", 8, seed)[0].item() for seed in range(8)}) > 1
+
+
+LAST = torch.channels_last
+PLANES = torch.contiguous_format
+
+
+def stats(kernels: Kernels, layout: torch.memory_format = LAST) -> None:
+    batch_norm.check_bn_stats(kernels, FP32, (2, 40, 4, 6), layout, mean=3.0)
+
+
+def reduce(kernels: Kernels, layout: torch.memory_format = LAST) -> None:
+    batch_norm.test_bn_backward_reduce(kernels, FP32, (2, 40, 5, 7), layout, "mask", True)
+
+
+def act(kernels: Kernels) -> None:
+    batch_norm.check_bn_act(kernels, torch.bfloat16, (2, 17, 3, 3), LAST)
+
+
+def backward(kernels: Kernels) -> None:
+    batch_norm.test_bn_backward(kernels, FP32, (2, 3, 5, 7), PLANES, "mask")
+
+
+def rounding(kernels: Kernels) -> None:
+    batch_norm.test_the_mask_is_of_what_is_stored(kernels, torch.float16)
+
+
+def long(kernels: Kernels) -> None:
+    batch_norm.check_bn_act(kernels, FP32, (3, 265, 3, 5), LAST)
+
+
+def stats_of_planes(kernels: Kernels) -> None:
+    stats(kernels, PLANES)
+
+
+def reduce_planes(kernels: Kernels) -> None:
+    reduce(kernels, PLANES)
+
+
+IN_TAIL = "return left < kOctet ? static_cast<int>(left) : kOctet;"
+PLANE_TAIL = "left < kOctet ? static_cast<int>(left) : kOctet"
+BITS = "passes(value)) << j;\n        z.at[j] = kRelu"
+SUMS, ELEMENTS, DEVICE = "channel_sums.cuh", "elementwise.cuh", "device.cuh"
+FAULTS = {
+    "missing barrier": (SUMS, "= sums[j];\n    __syncthreads();", "= sums[j];", stats),
+    "missing second barrier": (SUMS, "      }\n    }\n    __syncthreads();\n", "      }\n    }\n", stats),
+    "missing barrier of planes": (SUMS, "half /= 2) {\n    __syncthreads();", "half /= 2) {", stats_of_planes),
+    "last rows dropped": (SUMS, "row < end; row", "row + kWarps < end; row", stats),
+    "a row too many": (SUMS, "begin + rows_of_split : rows", "begin + rows_of_split + 1 : rows", stats),
+    "last warp left out": (SUMS, "w < kWarps; ++w", "w < kWarps - 1; ++w", stats),
+    "tail of a plane": (SUMS, PLANE_TAIL + ", channel", "left < 0 ? 0 : kOctet, channel", reduce_planes),
+    "bit of the wrong element": (SUMS, "mask[i / 8] >> (i % 8)", "mask[i / 8] >> (j % 8)", reduce_planes),
+    "biased running variance": (SUMS, "total.square / (total.count - 1)", "total.square / total.count", stats),
+    "merge forgets the means": (SUMS, "other.square + delta * delta * count * share", "other.square", stats),
+    "off by one in the tail": (ELEMENTS, IN_TAIL, IN_TAIL.replace("(left)", "(left) - 1"), act),
+    "written past the end": (ELEMENTS, IN_TAIL, "return left < 0 ? 0 : kOctet;", act),
+    "mask of what was not rounded": (ELEMENTS, "value = rounded<T>(value);", "", rounding),
+    "bits in reverse": (ELEMENTS, BITS, BITS.replace("<< j", "<< (7 - j)"), act),
+    "channel not carried on": (DEVICE, "      offset -= inner;\n      ++channel;", "      offset -= inner;", backward),
+    "channel walks off": (DEVICE, "if (channel >= channels) channel -= channels;", "", act),
+    "stride of the grid": (ELEMENTS, "{gridDim.x} * blockDim.x", "{gridDim.x} * blockDim.x + 1", long),
+    "number of an octet overflows": (ELEMENTS, "count - o * kOctet;", "count - static_cast<int8_t>(o) * kOctet;", long),
+}  # fmt: skip
+
+
+DTYPE_OF = {act: torch.bfloat16, rounding: torch.float16}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_seen(tmp_path, fault):
+    name, right, wrong, check = FAULTS[fault]
+    text = (CUDA / name).read_text(encoding="utf-8")
+    assert text.count(right) == 1
+    kernels = Kernels(emulated.build(tmp_path, {name: text.replace(right, wrong)}, only=DTYPE_OF.get(check, FP32)))
+    with pytest.raises((AssertionError, RuntimeError)) as seen:
+        check(kernels)
+    assert "left out" not in str(seen.value)
+
+
+def sanitizers() -> list[str]:
+    found = []
+    for name in ("libasan.so", "libubsan.so"):
+        path = subprocess.run(
+            [emulated.compiler() or "false", f"-print-file-name={name}"], capture_output=True, text=True
+        ).stdout.strip()
+        if not Path(path).is_absolute():
+            pytest.skip(f"the compiler has no {name}")
+        found.append(path)
+    return found
+
+
+def sanitized(dtype: str, *arguments: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {
+        "EMULATED_SANITIZED": dtype,
+        "LD_PRELOAD": " ".join(sanitizers()),
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
+    return subprocess.run([sys.executable, *arguments], env=environment, cwd=HERE, capture_output=True, text=True)
+
+
+@pytest.mark.skipif(bool(SANITIZED), reason="runs inside itself otherwise")
+@pytest.mark.parametrize(
+    "dtype", ["bfloat16", *(pytest.param(d, marks=pytest.mark.slow) for d in ("float16", "float32", "float64"))]
+)
+def test_sanitizers_find_nothing(dtype):
+    options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "test_batch_norm.py", "-k", dtype]
+    found = sanitized(dtype, "-m", "pytest", *options)
+    assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-3000:]
+    assert " passed" in found.stdout
+
+
+@pytest.mark.skipif(bool(SANITIZED), reason="runs inside itself otherwise")
+def test_sanitizers_find_what_is_there(tmp_path):
+    """A read beyond shared memory, which nothing else would notice."""
+    program = (
+        "import emulated, pathlib, test_emulation as t;"
+        f"library = emulated.build(pathlib.Path({str(tmp_path)!r}), main=emulated.HERE / 'warp_kernels.cpp');"
+        "t.run(emulated.Kernels(library), 'beyond_shared_memory')"
+    )
+    found = sanitized("float32", "-c", program)
+    assert found.returncode != 0 and "heap-buffer-overflow" in found.stderr, found.stderr[-3000:]
