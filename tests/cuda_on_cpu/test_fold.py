@@ -96,7 +96,6 @@ def test_the_order_does_not_count(folding):
 @pytest.mark.parametrize(
     ("right", "wrong"),
     [
-        ("<= row ? low", "< row ? low"),
         ("i % layer.channels * layer.taps + i / layer.channels", "i % layer.taps * layer.channels + i / layer.taps"),
         ("or_else(layer.gamma, 1.0)", "or_else(layer.gamma, 0.0)"),
         ("or_else(layer.bias, 0.0) - ", "or_else(layer.bias, 0.0) + "),
