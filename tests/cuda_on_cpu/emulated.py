@@ -93,10 +93,10 @@ class Kernels:
     """Calls of a library. Tensors are ``Banded``; results too."""
 
     def __init__(self, library: Path) -> None:
-        self._library = ctypes.CDLL(str(library))
+        self.library = ctypes.CDLL(str(library))
 
     def __call__(self, name: str, dtype: torch.dtype, *arguments: object) -> None:
-        function = getattr(self._library, name)
+        function = getattr(self.library, name)
         function.restype = ctypes.c_char_p
         converted = []
         for value in arguments:

@@ -56,7 +56,9 @@ def mask_memory(x: Tensor) -> Banded:
     return Banded((x.numel() + 7) // 8, torch.uint8)
 
 
-def check_bn_act(kernels, dtype, shape, layout, residual=True, relu=True, masked=True, offset=0, inplace=False):
+def check_bn_act(
+    kernels, dtype, shape, layout, residual=True, relu=True, masked=True, offset=0, inplace=False, run=RUN
+):
     x, scale, shift = image(dtype, shape, layout), vector(dtype, shape[1]), vector(dtype, shape[1])
     r = image(dtype, shape, layout) if residual else None
     at = banded(x, offset)
@@ -74,6 +76,7 @@ def check_bn_act(kernels, dtype, shape, layout, residual=True, relu=True, masked
         out,
         mask,
         aligned=not offset,
+        run=run,
     )
     found = like(out.check(), x)
     wide = [t if t is None else t.double() for t in (x, scale, shift, r)]
@@ -172,13 +175,13 @@ def exact_moments(x: Tensor) -> list[Tensor]:
     return [torch.from_numpy(moment.astype(numpy.float64)) for moment in (matrix.mean(0), matrix.var(0))]
 
 
-def check_bn_stats(kernels, dtype, shape, layout, mean=0.0, run=RUN, momentum=0.1):
+def check_bn_stats(kernels, dtype, shape, layout, mean=0.0, run=RUN, momentum=0.1, planned=0):
     x = image(dtype, shape, layout, mean)
     of = torch.float64 if dtype == torch.float64 else torch.float32
     outs = [Banded(shape[1], of) for _ in range(2)]
     running = [vector(dtype, shape[1]), vector(dtype, shape[1], 0.5)]
     stores = [banded(t) for t in running]
-    partials = Banded(run.splits * 3 * shape[1], of)
+    partials = Banded((planned or run.splits) * 3 * shape[1], of)
     batches = torch.tensor([4])
     call(kernels, "bn_stats", x, banded(x), partials, *outs, *stores, banded(batches), momentum, run=run)
     partials.check()

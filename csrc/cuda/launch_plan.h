@@ -1,0 +1,60 @@
+// How a shape becomes a grid: host code, for the launchers of the CUDA kernels.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <utility>
+
+namespace resnet_fused::cuda {
+
+struct LaunchPlan {
+  int64_t blocks_x, blocks_y;
+  int threads;
+  int64_t each;  // rows, or octets of planes, of a split; octets of a thread
+  int64_t shared_bytes;
+  int64_t bytes;  // that have to be read and written
+};
+
+namespace plan {
+
+constexpr int kThreads = 256, kOctet = 8, kLanes = 32;
+constexpr int kResidentBlocks = 8;         // of a multiprocessor with 2048 threads
+constexpr int64_t kBlocksOfSums = 1024;    // some waves on the largest GPU; fixed, so that sums have the same bits on all
+constexpr int64_t kRowsAtLeast = 64;       // of a split: eight of each warp
+constexpr int64_t kOctetsAtLeast = 1024;   // of a split of planes: four of each thread
+constexpr int64_t kRowsAtMost = 1 << 23;   // counted in float32
+
+inline int64_t cut(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
+
+// Splits of so many rows (or octets), none of them empty: {splits, rows of each}.
+inline std::pair<int64_t, int64_t> split(int64_t rows, int64_t beside, int64_t at_least) {
+  const int64_t wanted = std::max<int64_t>(1, kBlocksOfSums / beside);
+  const int64_t each = std::min(kRowsAtMost, std::max(at_least, cut(rows, wanted)));
+  return {std::max<int64_t>(1, cut(rows, each)), each};
+}
+
+}  // namespace plan
+
+// Of a kernel that passes over count elements once, reading and writing so many tensors of them, and bits of masks.
+inline LaunchPlan plan_elementwise(int64_t count, int element_size, int tensors, int masks, int multiprocessors) {
+  const int64_t octets = plan::cut(count, plan::kOctet), blocks = plan::cut(octets, plan::kThreads);
+  const int64_t resident = int64_t{multiprocessors} * plan::kResidentBlocks;
+  const int64_t launched = std::max<int64_t>(1, std::min(blocks, resident));
+  return {launched, 1, plan::kThreads, plan::cut(octets, launched * plan::kThreads), 0,
+          count * element_size * tensors + octets * masks};
+}
+
+// Of sums over the rows of each channel, so many values each: a matrix [rows, channels], or with inner > 1 planes.
+inline LaunchPlan plan_channel_sums(
+    int64_t images, int64_t inner, int64_t channels, bool channels_last, int element_size, int accumulate_size,
+    int tensors, int values) {
+  const int64_t tiles = channels_last ? plan::cut(channels, plan::kLanes * plan::kOctet) : channels;
+  const auto [splits, each] = channels_last
+                                  ? plan::split(images * inner, tiles, plan::kRowsAtLeast)
+                                  : plan::split(images * plan::cut(inner, plan::kOctet), tiles, plan::kOctetsAtLeast);
+  const int64_t partials = splits * channels * values * accumulate_size;
+  return {tiles, splits, plan::kThreads, each, int64_t{plan::kThreads} * values * accumulate_size,
+          images * inner * channels * element_size * tensors + 2 * partials};
+}
+
+}  // namespace resnet_fused::cuda
