@@ -16,11 +16,24 @@ from resnet_fused.testing import assert_as_accurate
 ATEN = AtenKernels()
 SHAPES = [(2, 3, 5, 7), (1, 17, 3, 3), (2, 40, 4, 6), (3, 264, 3, 5), (1, 1, 1, 9)]
 LAYOUTS = [torch.channels_last, torch.contiguous_format]
-every_case = pytest.mark.parametrize(
-    "dtype, shape, layout",
-    [(dtype, shape, layout) for dtype in DTYPES for shape in SHAPES for layout in LAYOUTS],
-    ids=lambda value: str(value).removeprefix("torch."),
-)
+
+
+def name_of(value: object) -> str:
+    return str(value).removeprefix("torch.")
+
+
+CASES = [(dtype, shape, layout) for dtype in DTYPES for shape in SHAPES for layout in LAYOUTS]
+every_case = pytest.mark.parametrize("dtype, shape, layout", CASES, ids=name_of)
+
+
+def taking_turns(name: str, *values: object) -> pytest.MarkDecorator:
+    """Every case with one of the values; they take turns, so that each meets every dtype, shape and layout."""
+    of = [values[(i % 2 + i // 2 + i // 10) % len(values)] for i in range(len(CASES))]
+    assert {(*case, value)[::3] for case, value in zip(CASES, of)} == {(d, v) for d in DTYPES for v in values}
+    names = f"dtype, shape, layout, {name}"
+    return pytest.mark.parametrize(names, [(*case, value) for case, value in zip(CASES, of)], ids=name_of)
+
+
 RUN = Run(3, 4, 1)
 GATES = {"open": 0, "mask": 1, "activation": 2}
 
@@ -130,8 +143,7 @@ def test_add_relu(kernels, dtype, shape, layout):
     assert torch.equal(like(out.check(), a), expected[0]) and torch.equal(mask.check(), expected[1])
 
 
-@every_case
-@pytest.mark.parametrize("add", [False, True])
+@taking_turns("add", False, True)
 def test_mask_grad(kernels, dtype, shape, layout, add):
     grad, acc = image(dtype, shape, layout), image(dtype, shape, layout)
     mask = pack_mask(torch.randn(shape).contiguous(memory_format=layout) > 0)
@@ -151,8 +163,7 @@ def gradients(dtype, shape, layout, gate):
     return x, grad, vectors, mask
 
 
-@every_case
-@pytest.mark.parametrize("gate", GATES)
+@taking_turns("gate", *GATES)
 def test_bn_backward(kernels, dtype, shape, layout, gate):
     x, grad, vectors, mask = gradients(dtype, shape, layout, gate)
     coefficients = [vector(dtype, shape[1]) for _ in range(3)]
@@ -217,9 +228,9 @@ def test_the_order_of_blocks_and_threads_does_not_count(kernels, layout):
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other))
 
 
-@every_case
-@pytest.mark.parametrize("gate, activation", [("open", False), ("mask", True), ("activation", True)])
-def test_bn_backward_reduce(kernels, dtype, shape, layout, gate, activation):
+@taking_turns("gate", *GATES)
+def test_bn_backward_reduce(kernels, dtype, shape, layout, gate):
+    activation = gate != "open"
     x, grad, vectors, mask = gradients(dtype, shape, layout, gate)
     of = vectors[0].dtype
     sums, partials = [Banded(shape[1], of) for _ in range(2)], Banded(RUN.splits * 2 * shape[1], of)

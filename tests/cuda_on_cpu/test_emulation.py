@@ -75,7 +75,7 @@ def stats(kernels: Kernels, layout: torch.memory_format = LAST) -> None:
 
 
 def reduce(kernels: Kernels, layout: torch.memory_format = LAST) -> None:
-    batch_norm.test_bn_backward_reduce(kernels, FP32, (2, 40, 5, 7), layout, "mask", True)
+    batch_norm.test_bn_backward_reduce(kernels, FP32, (2, 40, 5, 7), layout, "mask")
 
 
 def act(kernels: Kernels) -> None:
