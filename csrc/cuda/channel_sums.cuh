@@ -12,6 +12,10 @@ namespace resnet_fused::cuda {
 
 constexpr int kLanes = 32, kWarps = kThreads / kLanes;
 
+// Blocks of a multiprocessor at once: as many as registers allow without spilling.
+template <class T>
+inline constexpr int kBlocksOfSums = sizeof(T) > 2 ? 2 : 3;
+
 // Count, mean and sum of squared deviations: Welford, and Chan, Golub and LeVeque's merge.
 template <class A>
 struct Moments {
@@ -114,7 +118,7 @@ struct GradientPass {
 
 // partials [splits, kValues, channels] of a matrix [rows, channels]. Grid: tiles of channels, splits.
 template <class T, class Pass>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksOfSums<T>)
 sums_of_columns_kernel(Pass pass, Accumulate<T>* partials, int64_t rows, int64_t rows_of_split, Elements e) {
   using Sums = typename Pass::Sums;
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
@@ -149,7 +153,7 @@ sums_of_columns_kernel(Pass pass, Accumulate<T>* partials, int64_t rows, int64_t
 
 // The same of planes: images of e.inner elements for each channel. Grid: channels, splits of the images' octets.
 template <class T, class Pass>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksOfSums<T>)
 sums_of_planes_kernel(Pass pass, Accumulate<T>* partials, int64_t images, int64_t octets_of_split, Elements e) {
   using Sums = typename Pass::Sums;
   const int thread = threadIdx.x, channel = blockIdx.x, in_plane = (e.inner + kOctet - 1) / kOctet;
