@@ -16,7 +16,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 CUDA = ROOT / "csrc" / "cuda"
 INSTANCES = ROOT / "tests" / "cuda_instances.cu"
-ARCHES = ("sm_80", "sm_90a", "sm_100")
+ARCHES = ("sm_90a", *(pytest.param(arch, marks=pytest.mark.slow) for arch in ("sm_80", "sm_100")))
 # At 256 threads: four, three and two blocks of a multiprocessor, half of that for what is wide.
 MOST_REGISTERS = {"elementwise": 64, "sums": 80, "pool": 128, "conv": 160}
 _KERNEL = re.compile(
