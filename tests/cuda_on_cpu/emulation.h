@@ -1,9 +1,10 @@
 // CUDA on a processor: kernels compiled by a host compiler, one block after another, a fiber for each thread.
 //
-// Blocks run in shuffled order, and so do the threads of a block between two barriers: what depends on an order gives
-// other results from seed to seed. Shared memory is new for each block, of exactly its size, and filled with NaN. What a
-// GPU would do silently or hang at is an error here: a barrier that some threads never reach, a warp function whose mask
-// names lanes that do not call it or leaves out the caller, different masks within a warp.
+// Blocks run in shuffled order, and so do the warps of a block between two barriers, each as far as it gets, and the
+// lanes of a warp: what depends on an order gives other results from seed to seed. Shared memory is new for each block, of
+// exactly its size, and filled with NaN. What a GPU would do silently or hang at is an error here: a barrier that some
+// threads never reach, a warp function whose mask names lanes that do not call it or leaves out the caller, different masks
+// within a warp.
 //
 // Not modelled: memory order between blocks, bank conflicts, divergence inside a warp without a warp function.
 #pragma once
@@ -143,21 +144,36 @@ inline bool warp_is_complete(size_t thread) {
   return true;
 }
 
-inline void run_block() {
-  std::vector<size_t> order(machine.fibers.size());
-  for (size_t i = 0; i < order.size(); ++i) order[i] = i;
-  while (true) {
+// Runs the threads of a warp until none can go on. Returns whether any could.
+inline bool run_warp(size_t first) {
+  std::vector<size_t> order;
+  for (size_t i = first; i < std::min(first + kLanes, machine.fibers.size()); ++i) order.push_back(i);
+  bool ran = false;
+  for (bool going = true; going; ran = ran || going) {
+    going = false;
     std::shuffle(order.begin(), order.end(), machine.random);
-    bool any_ran = false, all_ended = true;
     for (size_t thread : order) {
       Fiber& fiber = machine.fibers[thread];
       if (fiber.waits == Waits::kWarp && (machine.error || warp_is_complete(thread))) fiber.waits = Waits::kNothing;
-      if (fiber.waits == Waits::kNothing) {
-        resume(thread);
-        any_ran = true;
-      }
-      all_ended = all_ended && fiber.waits == Waits::kForever;
+      if (fiber.waits != Waits::kNothing) continue;
+      resume(thread);
+      going = true;
     }
+  }
+  return ran;
+}
+
+// Each warp gets as far as it can before the next one moves, in another order behind each barrier: nothing but a barrier
+// keeps them in step.
+inline void run_block() {
+  std::vector<size_t> warps;
+  for (size_t first = 0; first < machine.fibers.size(); first += kLanes) warps.push_back(first);
+  while (true) {
+    std::shuffle(warps.begin(), warps.end(), machine.random);
+    bool any_ran = false;
+    for (size_t first : warps) any_ran = run_warp(first) || any_ran;
+    const bool all_ended = std::all_of(machine.fibers.begin(), machine.fibers.end(),
+                                       [](const Fiber& fiber) { return fiber.waits == Waits::kForever; });
     if (all_ended) return;
     if (any_ran) continue;
     const bool at_barrier = std::all_of(machine.fibers.begin(), machine.fibers.end(), [](const Fiber& fiber) {

@@ -78,7 +78,6 @@ struct Copy {
 struct Copies {
   dim3 block;
   std::vector<std::vector<Copy>> groups;
-  unsigned committed;
 };
 
 // One lane's, of two generations: no lane is more than one ahead.
@@ -93,10 +92,10 @@ inline std::vector<Fragments> fragments;
 inline void forget() { copies.clear(); }
 
 inline Copies& copies_of_this_thread() {
-  copies.resize(emulation::machine.fibers.size(), {dim3(~0u), {}, 0});
+  copies.resize(emulation::machine.fibers.size(), {dim3(~0u), {}});
   Copies& mine = copies[emulation::machine.current];
   const bool begins = mine.block.x != blockIdx.x || mine.block.y != blockIdx.y || mine.block.z != blockIdx.z;
-  if (begins) mine = {blockIdx, {{}}, 0};
+  if (begins) mine = {blockIdx, {{}}};
   return mine;
 }
 
@@ -122,16 +121,7 @@ inline void copy_async16(void* shared, const void* global, bool valid) {
   twin::copies_of_this_thread().groups.back().push_back({shared, global, valid});
 }
 
-// One warp falls behind, each time another: left alone they would keep step, and a missing barrier would not be seen.
-inline void commit() {
-  constexpr int kTurns = 48;
-  twin::Copies& mine = twin::copies_of_this_thread();
-  mine.groups.emplace_back();
-  const size_t warp = emulation::machine.current / emulation::kLanes;
-  const size_t warps = emulation::machine.fibers.size() / emulation::kLanes;
-  if ((blockIdx.x + mine.committed++) % warps != warp) return;
-  for (int i = 0; i < kTurns; ++i) emulation::wait(emulation::Waits::kNothing);
-}
+inline void commit() { twin::copies_of_this_thread().groups.emplace_back(); }
 
 template <int kOpen>
 void wait() {
