@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -60,7 +61,9 @@ def _wgrad(
     splits, chunks = split(rows, tiles, config.block_m, dz.device)
     partials = [dz.new_empty((splits, k, c), dtype=partial_dtype(dz.dtype)) for c in widths]
     sums = dz.new_empty((splits, k), dtype=torch.float64) if want_sums else None
-    tensors, geometry, constants = [], [], {}
+    tensors: list[Any] = []
+    geometry: list[int] = []
+    constants: dict[str, bool] = {}
     for (x, scale, shift, relu, centre, conv), own, suffix in zip(loaded, partials, ("", "2")):
         at = x if strided(conv) else described(x, config.block_m, config.block_k)
         tensors += [at, scale, shift, centre, own]

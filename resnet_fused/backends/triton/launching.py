@@ -60,7 +60,8 @@ def product_precision(x: Tensor, exact: bool) -> str:
     place if ``exact``: operands in two parts and three products, for what meets statistics that were not computed from it.
     """
     on_gpu = x.is_meta or (x.is_cuda and describe(x.device).arch >= 80)
-    if x.dtype != torch.float32 or not on_gpu or torch.backends.cudnn.conv.fp32_precision != "tf32":
+    setting = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    if x.dtype != torch.float32 or not on_gpu or setting.fp32_precision != "tf32":
         return "ieee"
     return "tf32x3" if exact else "tf32"
 
