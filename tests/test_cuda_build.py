@@ -6,6 +6,7 @@ import importlib.util
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,10 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests" / "triton"))
+
+from resources import cuobjdump  # noqa: E402
+
 CUDA = ROOT / "csrc" / "cuda"
 INSTANCES = ROOT / "tests" / "cuda_instances.cu"
 ARCHES = ("sm_90a", *(pytest.param(arch, marks=pytest.mark.slow) for arch in ("sm_80", "sm_100")))
@@ -65,10 +70,7 @@ class Compiled:
 
 
 def tool(name: str) -> str:
-    """On the path, or inside Triton's package."""
-    package = importlib.util.find_spec("triton")
-    inside = Path(package.origin).parent / "backends" / "nvidia" / "bin" if package and package.origin else None
-    found = shutil.which(name) or (inside and shutil.which(name, path=str(inside)))
+    found = cuobjdump() if name == "cuobjdump" and importlib.util.find_spec("triton") else shutil.which(name)
     if found is None:
         pytest.skip(f"no {name} on the path")
     return found

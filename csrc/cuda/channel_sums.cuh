@@ -10,7 +10,7 @@
 
 namespace resnet_fused::cuda {
 
-constexpr int kLanes = 32, kWarps = kThreads / kLanes;
+constexpr int kWarps = kThreads / kLanes;
 
 // Blocks of a multiprocessor at once: as many as registers allow without spilling.
 template <class T>

@@ -13,6 +13,8 @@
 #include <torch/headeronly/util/Half.h>
 #include <type_traits>
 
+#include "sizes.h"
+
 #if defined(__CUDACC__)
 #define RESNET_FUSED_SHARED(type, name, count) __shared__ type name[count]
 #endif
@@ -25,8 +27,6 @@ using c10::Half;
 template <class T>
 using Accumulate = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-constexpr int kOctet = 8;
-constexpr int kThreads = 256;
 constexpr int kBlocks = 4;  // of a multiprocessor: up to 64 registers a thread, where ptxas would spill for the sake of six
 
 struct alignas(16) Bytes16 {

@@ -25,6 +25,21 @@ struct Elements {
 __device__ __forceinline__ int64_t first_octet() { return int64_t{blockIdx.x} * blockDim.x + threadIdx.x; }
 __device__ __forceinline__ int64_t octet_stride() { return int64_t{gridDim.x} * blockDim.x; }
 
+// Element j of an octet as it is stored, act(z); its bit of the mask goes into bits.
+template <class T>
+__device__ __forceinline__ Accumulate<T> activated(Accumulate<T> z, bool with_relu, int j, uint8_t& bits) {
+  z = rounded<T>(z);
+  bits |= static_cast<uint8_t>(passes(z)) << j;
+  return with_relu ? relu(z) : z;
+}
+
+// a·dz + b·(x − mean) + c, the gradient behind a batch norm. Where b = 0 x does not count, nor does its NaN: statistics
+// are frozen there.
+template <class A>
+__device__ __forceinline__ A affine_in_centred(A dz, A x, A mean, A a, A b, A c) {
+  return multiply_add(b == A(0) ? A(0) : x - mean, b, multiply_add(dz, a, c));
+}
+
 // out = act(x·scale + shift [+ residual]), rounded once; mask: one bit for each element of out, where it passes the
 // gradient. out may be x. Absent tensors are null.
 template <class T, bool kRelu>
@@ -44,9 +59,7 @@ bn_act_kernel(const T* x, const Accumulate<T>* scale, const Accumulate<T>* shift
       if (j < count) {
         A value = multiply_add(z.at[j], scale[walk.channel], shift[walk.channel]);
         if (residual != nullptr) value += r.at[j];
-        value = rounded<T>(value);
-        bits |= static_cast<uint8_t>(passes(value)) << j;
-        z.at[j] = kRelu ? relu(value) : value;
+        z.at[j] = activated<T>(value, kRelu, j, bits);
         walk.step();
       }
     }
@@ -65,9 +78,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) add_relu_kernel(const T* a,
     uint8_t bits = 0;
 #pragma unroll
     for (int j = 0; j < kOctet; ++j) {
-      const Accumulate<T> value = rounded<T>(z.at[j] + other.at[j]);
-      bits |= static_cast<uint8_t>(j < count && passes(value)) << j;
-      z.at[j] = relu(value);
+      if (j < count) z.at[j] = activated<T>(z.at[j] + other.at[j], true, j, bits);
     }
     z.store(out + o * kOctet, count, e.aligned);
     if (mask != nullptr) mask[o] = bits;
@@ -111,7 +122,7 @@ __device__ __forceinline__ Accumulate<T> gated(Accumulate<T> grad, Accumulate<T>
   return grad;
 }
 
-// dx = a·dz + b·(x − mean) + c. Where b = 0 x does not count, nor does its NaN: statistics are frozen there. dx may be grad.
+// dx = a·dz + b·(x − mean) + c. dx may be grad.
 template <class T, Gate kGate>
 __global__ void __launch_bounds__(kThreads, kBlocks)
 bn_backward_kernel(const T* grad, const T* x, const uint8_t* mask, Norm<T> norm, const Accumulate<T>* a,
@@ -129,8 +140,7 @@ bn_backward_kernel(const T* grad, const T* x, const uint8_t* mask, Norm<T> norm,
       if (j < count) {
         const int channel = walk.channel;
         const A dz = gated<T, kGate>(g.at[j], values.at[j], bits >> j & 1, norm, channel);
-        const A centred = b[channel] == A(0) ? A(0) : values.at[j] - norm.mean[channel];
-        g.at[j] = multiply_add(centred, b[channel], multiply_add(dz, a[channel], c[channel]));
+        g.at[j] = affine_in_centred(dz, values.at[j], norm.mean[channel], a[channel], b[channel], c[channel]);
         walk.step();
       }
     }

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <utility>
 
+#include "sizes.h"
+
 namespace resnet_fused::cuda {
 
 struct LaunchPlan {
@@ -17,18 +19,17 @@ struct LaunchPlan {
 
 namespace plan {
 
-constexpr int kThreads = 256, kOctet = 8, kLanes = 32;
 constexpr int kResidentBlocks = 8;         // of a multiprocessor with 2048 threads
-constexpr int64_t kBlocksOfSums = 1024;    // some waves on the largest GPU; fixed, so that sums have the same bits on all
+constexpr int64_t kGridOfSums = 1024;    // some waves on the largest GPU; fixed, so that sums have the same bits on all
 constexpr int64_t kRowsAtLeast = 64;       // of a split: eight of each warp
 constexpr int64_t kOctetsAtLeast = 1024;   // of a split of planes: four of each thread
-constexpr int64_t kRowsAtMost = 1 << 23;   // counted in float32
+constexpr int64_t kRowsAtMost = 1 << 20;  // or octets: a block counts its elements in float32
 
 inline int64_t cut(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
 
 // Splits of so many rows (or octets), none of them empty: {splits, rows of each}.
 inline std::pair<int64_t, int64_t> split(int64_t rows, int64_t beside, int64_t at_least) {
-  const int64_t wanted = std::max<int64_t>(1, kBlocksOfSums / beside);
+  const int64_t wanted = std::max<int64_t>(1, kGridOfSums / beside);
   const int64_t each = std::min(kRowsAtMost, std::max(at_least, cut(rows, wanted)));
   return {std::max<int64_t>(1, cut(rows, each)), each};
 }
@@ -37,10 +38,10 @@ inline std::pair<int64_t, int64_t> split(int64_t rows, int64_t beside, int64_t a
 
 // Of a kernel that passes over count elements once, reading and writing so many tensors of them, and bits of masks.
 inline LaunchPlan plan_elementwise(int64_t count, int element_size, int tensors, int masks, int multiprocessors) {
-  const int64_t octets = plan::cut(count, plan::kOctet), blocks = plan::cut(octets, plan::kThreads);
+  const int64_t octets = plan::cut(count, kOctet), blocks = plan::cut(octets, kThreads);
   const int64_t resident = int64_t{multiprocessors} * plan::kResidentBlocks;
   const int64_t launched = std::max<int64_t>(1, std::min(blocks, resident));
-  return {launched, 1, plan::kThreads, plan::cut(octets, launched * plan::kThreads), 0,
+  return {launched, 1, kThreads, plan::cut(octets, launched * kThreads), 0,
           count * element_size * tensors + octets * masks};
 }
 
@@ -48,12 +49,12 @@ inline LaunchPlan plan_elementwise(int64_t count, int element_size, int tensors,
 inline LaunchPlan plan_channel_sums(
     int64_t images, int64_t inner, int64_t channels, bool channels_last, int element_size, int accumulate_size,
     int tensors, int values) {
-  const int64_t tiles = channels_last ? plan::cut(channels, plan::kLanes * plan::kOctet) : channels;
+  const int64_t tiles = channels_last ? plan::cut(channels, kLanes * kOctet) : channels;
   const auto [splits, each] = channels_last
                                   ? plan::split(images * inner, tiles, plan::kRowsAtLeast)
-                                  : plan::split(images * plan::cut(inner, plan::kOctet), tiles, plan::kOctetsAtLeast);
+                                  : plan::split(images * plan::cut(inner, kOctet), tiles, plan::kOctetsAtLeast);
   const int64_t partials = splits * channels * values * accumulate_size;
-  return {tiles, splits, plan::kThreads, each, int64_t{plan::kThreads} * values * accumulate_size,
+  return {tiles, splits, kThreads, each, int64_t{kThreads} * values * accumulate_size,
           images * inner * channels * element_size * tensors + 2 * partials};
 }
 

@@ -179,7 +179,7 @@ bn_relu_maxpool_kernel(const T* x, const Accumulate<T>* scale, const Accumulate<
       for (int s = 0; s < 3; ++s) {
 #pragma unroll
         for (int j = 0; j < kWidth<kTaking>; ++j) {
-          const A value = rounded<T>(row[s].at[j] * scales.at[j] + shifts.at[j]);
+          const A value = rounded<T>(multiply_add(row[s].at[j], scales.at[j], shifts.at[j]));
           const bool better = inside[s] && (value > best.at[j] || value != value);
           best.at[j] = better ? value : best.at[j];
           winners[j] = better ? 3 * r + s : winners[j];
@@ -272,8 +272,7 @@ struct TwoPixels {
   }
 };
 
-// dx = a·dz + b·(x − mean) + c [N, C, H, W], dz being grad [N, C, P, Q] at the winners. Where b = 0 x does not count,
-// as in bn_backward_kernel.
+// dx = a·dz + b·(x − mean) + c [N, C, H, W], dz being grad [N, C, P, Q] at the winners.
 // Reads x, grad and index once from memory (grad and index three times more from caches), writes dx.
 template <class T, Taking kTaking>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks<T, kTaking>)
@@ -294,8 +293,8 @@ bn_relu_maxpool_backward_kernel(const T* grad, const uint8_t* index, const T* x,
         Octet<T> d;
 #pragma unroll
         for (int j = 0; j < kWidth<kTaking>; ++j) {
-          const A centred = bs.at[j] == A(0) ? A(0) : pixels.values[dw].at[j] - means.at[j];
-          d.at[j] = windows.dz(dh, dw, j) * as.at[j] + cs.at[j] + centred * bs.at[j];
+          d.at[j] = affine_in_centred(windows.dz(dh, dw, j), pixels.values[dw].at[j], means.at[j], as.at[j], bs.at[j],
+                                      cs.at[j]);
         }
         if (pixels.exists[dw]) put<T, kTaking>(d, dx + pixels.at[dw], count);
       }

@@ -31,14 +31,14 @@ def rectify(z: Tensor) -> Tensor:
     return torch.where(z <= 0, torch.zeros_like(z), z)
 
 
-def _memory_order(x: Tensor) -> Tensor:
+def memory_order(x: Tensor) -> Tensor:
     """The elements of a dense 4-D tensor in memory order, as a vector without a copy."""
     return (x.permute(0, 2, 3, 1) if layout_of(x) == torch.channels_last else x).reshape(-1)
 
 
 def pack_mask(passes: Tensor) -> Tensor:
     """Booleans ``[N, C, H, W]`` to one bit each, in memory order: bit ``i % 8`` of byte ``i // 8``."""
-    flat = _memory_order(passes)
+    flat = memory_order(passes)
     bits = F.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
     weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=bits.device)
     return (bits * weights).sum(1, dtype=torch.uint8)

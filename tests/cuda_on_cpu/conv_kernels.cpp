@@ -1,35 +1,12 @@
 // The convolution kernel as functions of C, for tests: it runs on a processor. A function returns null, or says what
 // went wrong.
-#include "emulation.h"
+#include "calls.h"
 
 #include "conv/implicit_gemm.cuh"
 
 using namespace resnet_fused::cuda;
 
 namespace {
-
-std::string message;
-
-template <class Body>
-const char* guarded(Body body) {
-  try {
-    body();
-    return nullptr;
-  } catch (const std::exception& error) {
-    message = error.what();
-    return message.c_str();
-  }
-}
-
-// Calls body with a null pointer of the activations' type.
-template <class Body>
-void typed(int dtype, Body body) {
-  switch (dtype) {
-    case 2: return body(static_cast<BFloat16*>(nullptr));
-    case 3: return body(static_cast<Half*>(nullptr));
-    default: throw std::invalid_argument("dtype");
-  }
-}
 
 template <class Body>
 void filtered(int size, Body body) {
@@ -72,15 +49,13 @@ const char* conv(int dtype, Conv of, const void* x, const void* x_scale, const v
     emulation::launch(conv_blocks<Tile>(shape), Tile::kBlock, of.seed, kernel, static_cast<const T*>(x), prologue,
                       static_cast<const T*>(filter), static_cast<T*>(out), epilogue, shape);
   };
-  return guarded([&] {
-    typed(dtype, [&](auto* type) {
-      filtered(of.size, [&](auto size) { tiled(of.tile, [&](auto* tile) { run(type, size, tile); }); });
-    });
+  return calls::typed<2, 3>(dtype, [&](auto* type) {
+    filtered(of.size, [&](auto size) { tiled(of.tile, [&](auto* tile) { run(type, size, tile); }); });
   });
 }
 
 const char* moments(int, const void* partials, int splits, int channels, void* mean, void* var) {
-  return guarded([&] {
+  return calls::guarded([&] {
     emulation::launch((channels + kThreads - 1) / kThreads, kThreads, 1, finalise_moments_kernel<float>,
                       static_cast<const float*>(partials), splits, int64_t{channels}, static_cast<float*>(mean),
                       static_cast<float*>(var), Running<float>{nullptr, nullptr, nullptr, 0.0});

@@ -17,13 +17,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from resnet_fused.backends.aten import layout_of
+from resnet_fused.backends.aten import layout_of, memory_order
+from resnet_fused.backends.kernels import acc_dtype
 
 HERE = Path(__file__).resolve().parent
 CUDA = HERE.parents[1] / "csrc" / "cuda"
 SANITIZED = os.environ.get("EMULATED_SANITIZED", "")
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # in the order of kernels.cpp
+LAYOUTS = (torch.channels_last, torch.contiguous_format)
 EDGE = 64  # elements of a guard band
 
 
@@ -67,6 +69,10 @@ def build(
     return library
 
 
+def name_of(value: object) -> str:
+    return str(value).removeprefix("torch.") or "none"
+
+
 class Shape(ctypes.Structure):
     _fields_ = [("count", ctypes.c_int64), *((name, ctypes.c_int) for name in ("inner", "channels", "aligned"))]
 
@@ -96,8 +102,19 @@ class Banded:
         return self.flat
 
 
-def memory_order(x: Tensor) -> Tensor:
-    return (x.permute(0, 2, 3, 1) if layout_of(x) == torch.channels_last else x).reshape(-1)
+def image(dtype: torch.dtype, shape: tuple[int, ...], layout: torch.memory_format, mean: float = 0.0) -> Tensor:
+    return (torch.randn(shape, dtype=torch.float64) + mean).to(dtype).contiguous(memory_format=layout)
+
+
+def vector(dtype: torch.dtype, channels: int, low: float = -1.0) -> Tensor:
+    """Per-channel values for activations of ``dtype``, within 2 above ``low``."""
+    return (low + 2 * torch.rand(channels, dtype=torch.float64)).to(acc_dtype(dtype))
+
+
+def banded(t: Tensor | None, offset: int = 0) -> Banded | None:
+    if t is None:
+        return None
+    return Banded(t.numel(), t.dtype, offset).holding(memory_order(t) if t.dim() == 4 else t)
 
 
 class Kernels:

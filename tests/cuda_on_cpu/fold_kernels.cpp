@@ -1,5 +1,5 @@
 // fold_kernel as a function of C, for tests.
-#include "emulation.h"
+#include "calls.h"
 
 #include "fold.cuh"
 
@@ -8,8 +8,6 @@
 using namespace resnet_fused::cuda;
 
 namespace {
-
-std::string message;
 
 // A layer without types, as a test fills it.
 struct Layer {
@@ -37,27 +35,13 @@ void fold_all(const Layer* from, int count, unsigned seed) {
 
 }  // namespace
 
-// from, to: double, float, BFloat16, Half.
+// From parameters of a dtype to the same, and from float32 to half precision.
 extern "C" const char* fold(int to, int from, const Layer* layers, int count, unsigned seed) {
-  try {
-    if (from == 0 && to == 0) {
-      fold_all<double, double>(layers, count, seed);
-    } else if (from == 1 && to == 1) {
-      fold_all<float, float>(layers, count, seed);
-    } else if (from == 1 && to == 2) {
-      fold_all<float, BFloat16>(layers, count, seed);
-    } else if (from == 1 && to == 3) {
-      fold_all<float, Half>(layers, count, seed);
-    } else if (from == 2 && to == 2) {
-      fold_all<BFloat16, BFloat16>(layers, count, seed);
-    } else if (from == 3 && to == 3) {
-      fold_all<Half, Half>(layers, count, seed);
-    } else {
-      throw std::invalid_argument("dtypes");
+  return calls::typed<0, 1, 2, 3>(to, [&]<class T>(T*) {
+    if (from == to) return fold_all<T, T>(layers, count, seed);
+    if constexpr (sizeof(T) == 2) {
+      if (from == 1) return fold_all<float, T>(layers, count, seed);
     }
-    return nullptr;
-  } catch (const std::exception& error) {
-    message = error.what();
-    return message.c_str();
-  }
+    throw std::invalid_argument("dtypes");
+  });
 }

@@ -1,48 +1,19 @@
 // The kernels as functions of C, for tests: they run on a processor. A function returns null, or says what went wrong.
-#include "emulation.h"
+#include "calls.h"
 
 #include "elementwise.cuh"
 
 #include "channel_sums.cuh"
 #include "launch_plan.h"
 
-#include <tuple>
-
 using namespace resnet_fused::cuda;
 
 namespace {
 
-std::string message;
-
-template <class Body>
-const char* guarded(Body body) {
-  try {
-    body();
-    return nullptr;
-  } catch (const std::exception& error) {
-    message = error.what();
-    return message.c_str();
-  }
-}
-
-// Calls body with a null pointer of the activations' type; ONLY_DTYPE leaves out the others, which compiles faster.
+// Of any dtype.
 template <class Body>
 const char* typed(int dtype, Body body) {
-  return guarded([&] {
-#if defined(ONLY_DTYPE)
-    using All = std::tuple<double, float, BFloat16, Half>;
-    if (dtype != ONLY_DTYPE) throw std::invalid_argument("dtype: left out");
-    body(static_cast<std::tuple_element_t<ONLY_DTYPE, All>*>(nullptr));
-#else
-    switch (dtype) {
-      case 0: return body(static_cast<double*>(nullptr));
-      case 1: return body(static_cast<float*>(nullptr));
-      case 2: return body(static_cast<BFloat16*>(nullptr));
-      case 3: return body(static_cast<Half*>(nullptr));
-      default: throw std::invalid_argument("dtype");
-    }
-#endif
-  });
+  return calls::typed<0, 1, 2, 3>(dtype, body);
 }
 
 template <class Body>

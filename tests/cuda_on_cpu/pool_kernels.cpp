@@ -1,14 +1,12 @@
 // The pooling kernels as functions of C, for tests: they run on a processor. A function returns null, or says what went
 // wrong.
-#include "emulation.h"
+#include "calls.h"
 
 #include "pool.cuh"
 
 using namespace resnet_fused::cuda;
 
 namespace {
-
-std::string message;
 
 struct Shape {
   int64_t n;
@@ -68,27 +66,7 @@ void taken(const Shape& shape, const Run& run, Body body) {
 
 template <class Body>
 const char* called(int dtype, const Shape& shape, const Run& run, Body body) {
-  try {
-    switch (dtype) {
-#if !defined(ONLY_DTYPE) || ONLY_DTYPE == 0
-      case 0: taken<double>(shape, run, body); break;
-#endif
-#if !defined(ONLY_DTYPE) || ONLY_DTYPE == 1
-      case 1: taken<float>(shape, run, body); break;
-#endif
-#if !defined(ONLY_DTYPE) || ONLY_DTYPE == 2
-      case 2: taken<BFloat16>(shape, run, body); break;
-#endif
-#if !defined(ONLY_DTYPE) || ONLY_DTYPE == 3
-      case 3: taken<Half>(shape, run, body); break;
-#endif
-      default: throw std::invalid_argument("dtype");
-    }
-    return nullptr;
-  } catch (const std::exception& error) {
-    message = error.what();
-    return message.c_str();
-  }
+  return calls::typed<0, 1, 2, 3>(dtype, [&]<class T>(T*) { taken<T>(shape, run, body); });
 }
 
 }  // namespace

@@ -7,19 +7,15 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from emulated import DTYPES, Banded, Kernels, Run, memory_order, shape_of
+from emulated import DTYPES, LAYOUTS, Banded, Kernels, Run, banded, image, name_of, shape_of, vector
 from torch import Tensor
 
-from resnet_fused.backends.aten import AtenKernels, pack_mask
+from resnet_fused.backends.aten import AtenKernels, memory_order, pack_mask
+from resnet_fused.backends.kernels import acc_dtype
 from resnet_fused.testing import assert_as_accurate
 
 ATEN = AtenKernels()
 SHAPES = [(2, 3, 5, 7), (1, 17, 3, 3), (2, 40, 4, 6), (3, 264, 3, 5), (1, 1, 1, 9)]
-LAYOUTS = [torch.channels_last, torch.contiguous_format]
-
-
-def name_of(value: object) -> str:
-    return str(value).removeprefix("torch.")
 
 
 CASES = [(dtype, shape, layout) for dtype in DTYPES for shape in SHAPES for layout in LAYOUTS]
@@ -36,22 +32,6 @@ def taking_turns(name: str, *values: object) -> pytest.MarkDecorator:
 
 RUN = Run(3, 4, 1)
 GATES = {"open": 0, "mask": 1, "activation": 2}
-
-
-def image(dtype: torch.dtype, shape: tuple[int, ...], layout: torch.memory_format, mean: float = 0.0) -> Tensor:
-    return (torch.randn(shape, dtype=torch.float64) + mean).to(dtype).contiguous(memory_format=layout)
-
-
-def vector(dtype: torch.dtype, channels: int, low: float = -1.0) -> Tensor:
-    return (low + 2 * torch.rand(channels, dtype=torch.float64)).to(
-        torch.float64 if dtype == torch.float64 else torch.float32
-    )
-
-
-def banded(t: Tensor | None, offset: int = 0) -> Banded | None:
-    if t is None:
-        return None
-    return Banded(t.numel(), t.dtype, offset).holding(memory_order(t) if t.dim() == 4 else t)
 
 
 def like(banded_flat: Tensor, x: Tensor) -> Tensor:
@@ -179,6 +159,16 @@ def test_bn_backward(kernels, dtype, shape, layout, gate):
     assert_as_accurate(like(out.check(), x), stock, gold)
 
 
+def test_x_does_not_count_where_statistics_are_frozen(kernels):
+    x, grad, vectors, _ = gradients(torch.float32, (2, 40, 4, 6), torch.channels_last, "open")
+    x[0, 3, 1, 1] = float("nan")
+    a, b, c = (vector(x.dtype, 40) for _ in range(3))
+    b[3], out = 0, Banded(x.numel(), x.dtype)
+    given = (banded(t) for t in (grad, x, None, *vectors, a, b, c))
+    call(kernels, "bn_backward", x, GATES["open"], *given, out)
+    assert like(out.check(), x).isfinite().all()
+
+
 def exact_moments(x: Tensor) -> list[Tensor]:
     """In more than float64."""
     matrix = memory_order(x.contiguous(memory_format=torch.channels_last)).view(-1, x.shape[1]).double().numpy()
@@ -188,7 +178,7 @@ def exact_moments(x: Tensor) -> list[Tensor]:
 
 def check_bn_stats(kernels, dtype, shape, layout, mean=0.0, run=RUN, momentum=0.1, planned=0):
     x = image(dtype, shape, layout, mean)
-    of = torch.float64 if dtype == torch.float64 else torch.float32
+    of = acc_dtype(dtype)
     outs = [Banded(shape[1], of) for _ in range(2)]
     running = [vector(dtype, shape[1]), vector(dtype, shape[1], 0.5)]
     stores = [banded(t) for t in running]

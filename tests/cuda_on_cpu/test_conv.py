@@ -8,15 +8,16 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from emulated import CUDA, HERE, Banded, Kernels, build, compiler, memory_order
+from emulated import CUDA, HERE, Banded, Kernels, banded, build, image, name_of, vector
 from torch import Tensor
 from torch.nn.functional import conv2d
 
-from resnet_fused.backends.aten import pack_mask
+from resnet_fused.backends.aten import memory_order, pack_mask
 from resnet_fused.testing import assert_as_accurate
 
 MAIN = HERE / "conv_kernels.cpp"
 SOURCE = "conv/implicit_gemm.cuh"
+LAST = torch.channels_last
 DTYPES = [torch.bfloat16, torch.float16]
 TILES = [(64, 64), (128, 64), (128, 128)]  # in the order of conv_kernels.cpp
 
@@ -48,29 +49,6 @@ class Case:
         return conv2d(x, weight, None, self.stride, self.size // 2)
 
 
-def name_of(value: object) -> str:
-    return str(value).removeprefix("torch.") or "none"
-
-
-@pytest.fixture(scope="session")
-def conv_kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
-    if compiler() is None:
-        pytest.skip("no C++ compiler")
-    return Kernels(build(tmp_path_factory.mktemp("conv"), main=MAIN))
-
-
-def image(dtype: torch.dtype, *shape: int, mean: float = 0.0) -> Tensor:
-    return (torch.randn(shape) + mean).to(dtype).contiguous(memory_format=torch.channels_last)
-
-
-def vector(channels: int, low: float = -1.0) -> Tensor:
-    return low + 2 * torch.rand(channels)
-
-
-def banded(t: Tensor | None) -> Banded | None:
-    return t if t is None else Banded(t.numel(), t.dtype).holding(memory_order(t) if t.dim() == 4 else t)
-
-
 def per_channel(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return x * scale.to(x.dtype)[:, None, None] + shift.to(x.dtype)[:, None, None]
 
@@ -83,17 +61,17 @@ def check_conv(kernels: Kernels, case: Case, seed: int = 1) -> list[Tensor]:
     """Runs a case on random numbers; what it wrote."""
     torch.manual_seed(0)
     dtype = case.dtype
-    x = image(dtype, case.n, case.c, case.h, case.w, mean=case.mean)
-    weight = image(dtype, case.k, case.c, case.size, case.size, mean=case.mean)
-    of_x = [vector(case.c), vector(case.c)] if case.prologue else [None, None]
+    x = image(dtype, (case.n, case.c, case.h, case.w), LAST, case.mean)
+    weight = image(dtype, (case.k, case.c, case.size, case.size), LAST, case.mean)
+    of_x = [vector(dtype, case.c), vector(dtype, case.c)] if case.prologue else [None, None]
     operand = x
     if case.prologue:
         z = per_channel(x.float(), *of_x)
         operand = (activated(z) if case.prologue == "relu" else z).to(dtype)
     raw = case.convolve(operand.double(), weight.double())
     steps = case.epilogue.split()
-    of_out = [vector(case.k), vector(case.k)] if "scale" in steps else [None, None]
-    residual = image(dtype, *raw.shape) if "residual" in steps else None
+    of_out = [vector(dtype, case.k), vector(dtype, case.k)] if "scale" in steps else [None, None]
+    residual = image(dtype, raw.shape, LAST) if "residual" in steps else None
     out = Banded(raw.numel(), dtype)
     mask = Banded(raw.numel() // 8, torch.uint8) if "relu" in steps else None
     rows, height = raw.numel() // case.k, TILES[case.tile][0]
@@ -153,46 +131,46 @@ def check_mean_and_square(y: Tensor, found: list[Tensor], divisor: int) -> None:
 @pytest.mark.parametrize("n, h, w, c, k", [(1, 5, 7, 8, 8), (3, 7, 5, 24, 40), (1, 9, 3, 40, 72), (2, 3, 5, 72, 24)])
 @pytest.mark.parametrize("size, stride", [(1, 1), (1, 2), (3, 1), (3, 2)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_shapes(conv_kernels, dtype, size, stride, n, h, w, c, k):
-    check_conv(conv_kernels, Case(n, h, w, c, k, size, stride, dtype, prologue="relu", epilogue="stats"))
+def test_shapes(kernels, dtype, size, stride, n, h, w, c, k):
+    check_conv(kernels, Case(n, h, w, c, k, size, stride, dtype, prologue="relu", epilogue="stats"))
 
 
 @pytest.mark.parametrize("epilogue", ["", "stats", "scale", "scale relu", "scale residual", "scale residual relu"])
 @pytest.mark.parametrize("prologue", ["", "scale", "relu"], ids=name_of)
 @pytest.mark.parametrize("size, dtype", zip((1, 3), DTYPES), ids=name_of)
-def test_combinations(conv_kernels, size, dtype, prologue, epilogue):
-    check_conv(conv_kernels, Case(1, 5, 5, 40, 24, size, 1, dtype, prologue, epilogue))
+def test_combinations(kernels, size, dtype, prologue, epilogue):
+    check_conv(kernels, Case(1, 5, 5, 40, 24, size, 1, dtype, prologue, epilogue))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize("tile", range(len(TILES)), ids=TILES.__getitem__)
-def test_tiles(conv_kernels, tile, size, dtype):
+def test_tiles(kernels, tile, size, dtype):
     case = Case(3, 7, 9, 24, 136, size, 1, dtype, "relu", tile=tile)
-    check_conv(conv_kernels, replace(case, epilogue="stats" if size == 1 else "scale residual relu"))
+    check_conv(kernels, replace(case, epilogue="stats" if size == 1 else "scale residual relu"))
 
 
 @pytest.mark.parametrize("size, epilogue", [(1, "stats"), (3, "residual relu")])
-def test_the_order_of_blocks_and_threads_does_not_count(conv_kernels, size, epilogue):
+def test_the_order_of_blocks_and_threads_does_not_count(kernels, size, epilogue):
     case = Case(2, 7, 5, 40, 72, size, prologue="relu", epilogue=epilogue)
-    first, *others = (check_conv(conv_kernels, case, seed) for seed in range(3))
+    first, *others = (check_conv(kernels, case, seed) for seed in range(3))
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_statistics_far_from_zero(conv_kernels, dtype):
-    check_conv(conv_kernels, Case(3, 7, 7, 24, 24, 1, dtype=dtype, epilogue="stats", mean=8.0))
+def test_statistics_far_from_zero(kernels, dtype):
+    check_conv(kernels, Case(3, 7, 7, 24, 24, 1, dtype=dtype, epilogue="stats", mean=8.0))
 
 
 @pytest.mark.parametrize("size", [1, 3])
-def test_nan_and_inf_stay_where_they_reach(conv_kernels, size):
-    x, weight = image(torch.bfloat16, 2, 24, 5, 5), image(torch.bfloat16, 24, 24, size, size)
+def test_nan_and_inf_stay_where_they_reach(kernels, size):
+    x, weight = image(torch.bfloat16, (2, 24, 5, 5), LAST), image(torch.bfloat16, (24, 24, size, size), LAST)
     x[0, 3, 1, 1], x[1, 5, 4, 4] = float("nan"), float("inf")
-    scale, shift = vector(24, 0.5), vector(24)
+    scale, shift = vector(torch.bfloat16, 24, 0.5), vector(torch.bfloat16, 24)
     case = Case(2, 5, 5, 24, 24, size, prologue="relu", epilogue="relu")
     out, mask = Banded(x.numel(), x.dtype), Banded(x.numel() // 8, torch.uint8)
     given = (banded(t) for t in (x, scale, shift))
-    conv_kernels("conv", x.dtype, case.shape(1), *given, 1, banded(weight), None, None, None, 1, out, mask, None)
+    kernels("conv", x.dtype, case.shape(1), *given, 1, banded(weight), None, None, None, 1, out, mask, None)
     expected = case.convolve(activated(per_channel(x.float(), scale, shift)), weight.float())
     found = out.check()
     expected = memory_order(activated(expected))
@@ -223,22 +201,20 @@ PLANTED = {
 
 @pytest.mark.parametrize("error", PLANTED)
 def test_an_error_is_seen(tmp_path, error):
-    if compiler() is None:
-        pytest.skip("no C++ compiler")
     right, wrong = PLANTED[error]
     text, main = (CUDA / SOURCE).read_text(encoding="utf-8"), MAIN.read_text(encoding="utf-8")
     assert text.count(right) == 1
     case = SEEN_OF_SLABS if "slabs" in error else SEEN_IN
     # Only the kernel that is run: compiling takes longer than running it.
-    others = rf"\n +case .*(Half|<int, {4 - case.size}>|ConvTile128).*"
+    others = rf"\n +case .*(<int, {4 - case.size}>|ConvTile128).*"
     main = re.sub(others, "", main).replace(BOTH, "conv_kernel<T, R, true, Tile>")
     few = tmp_path / "few.cpp"
     few.write_text(main, encoding="utf-8")
-    kernels = Kernels(build(tmp_path, {SOURCE: text.replace(right, wrong)}, few))
+    faulty = Kernels(build(tmp_path, {SOURCE: text.replace(right, wrong)}, few, case.dtype))
     with pytest.raises((AssertionError, RuntimeError)):
-        check_conv(kernels, case)
+        check_conv(faulty, case)
 
 
 @pytest.mark.parametrize("case", [SEEN_IN, SEEN_OF_SLABS], ids=["3x3", "1x1"])
-def test_without_errors_none_is_seen(conv_kernels, case):
-    check_conv(conv_kernels, case)
+def test_without_errors_none_is_seen(kernels, case):
+    check_conv(kernels, case)

@@ -14,6 +14,7 @@ import torch
 from emulated import CUDA, HERE, SANITIZED, Banded, Kernels
 
 FP32 = torch.float32
+MAIN = HERE / "warp_kernels.cpp"
 NAMES = (
     "sums",
     "without_barrier",
@@ -27,19 +28,14 @@ NAMES = (
 )
 
 
-@pytest.fixture(scope="module")
-def warps(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
-    return Kernels(emulated.build(tmp_path_factory.mktemp("warps"), main=HERE / "warp_kernels.cpp"))
-
-
-def run(warps: Kernels, name: str, blocks: int = 3, seed: int = 0) -> torch.Tensor:
+def run(kernels: Kernels, name: str, blocks: int = 3, seed: int = 0) -> torch.Tensor:
     out = Banded(64, FP32)
-    warps("warp_kernel", FP32, NAMES.index(name), blocks, seed, out)
+    kernels("warp_kernel", FP32, NAMES.index(name), blocks, seed, out)
     return out.check()[:blocks]
 
 
-def test_shuffles_votes_and_barriers(warps):
-    assert run(warps, "sums").tolist() == [2016.0] * 3
+def test_shuffles_votes_and_barriers(kernels):
+    assert run(kernels, "sums").tolist() == [2016.0] * 3
 
 
 @pytest.mark.parametrize(
@@ -52,18 +48,18 @@ def test_shuffles_votes_and_barriers(warps):
         ("different_arrays", "different shared arrays"),
     ],
 )
-def test_what_would_hang_or_be_undefined_is_told(warps, name, complaint):
+def test_what_would_hang_or_be_undefined_is_told(kernels, name, complaint):
     with pytest.raises(RuntimeError, match=complaint):
-        run(warps, name)
+        run(kernels, name)
 
 
-def test_a_missing_barrier_shows(warps):
+def test_a_missing_barrier_shows(kernels):
     """The threads that have not run yet have left NaN."""
-    assert any(run(warps, "without_barrier", 1, seed).isnan() for seed in range(3))
+    assert any(run(kernels, "without_barrier", 1, seed).isnan() for seed in range(3))
 
 
-def test_blocks_run_in_shuffled_order(warps):
-    assert len({run(warps, "order_of_blocks", 8, seed)[0].item() for seed in range(8)}) > 1
+def test_blocks_run_in_shuffled_order(kernels):
+    assert len({run(kernels, "order_of_blocks", 8, seed)[0].item() for seed in range(8)}) > 1
 
 
 LAST = torch.channels_last
@@ -86,6 +82,10 @@ def backward(kernels: Kernels) -> None:
     batch_norm.test_bn_backward(kernels, FP32, (2, 3, 5, 7), PLANES, "mask")
 
 
+def frozen(kernels: Kernels) -> None:
+    batch_norm.test_x_does_not_count_where_statistics_are_frozen(kernels)
+
+
 def rounding(kernels: Kernels) -> None:
     batch_norm.test_the_mask_is_of_what_is_stored(kernels, torch.float16)
 
@@ -104,7 +104,7 @@ def reduce_planes(kernels: Kernels) -> None:
 
 IN_TAIL = "return left < kOctet ? static_cast<int>(left) : kOctet;"
 PLANE_TAIL = "left < kOctet ? static_cast<int>(left) : kOctet"
-BITS = "passes(value)) << j;\n        z.at[j] = kRelu"
+BITS = "passes(z)) << j"
 SUMS, ELEMENTS, DEVICE = "channel_sums.cuh", "elementwise.cuh", "device.cuh"
 FAULTS = {
     "missing barrier": (SUMS, "= sums[j];\n    __syncthreads();", "= sums[j];", stats),
@@ -119,10 +119,11 @@ FAULTS = {
     "merge forgets the means": (SUMS, "other.square + delta * delta * count * share", "other.square", stats),
     "off by one in the tail": (ELEMENTS, IN_TAIL, IN_TAIL.replace("(left)", "(left) - 1"), act),
     "written past the end": (ELEMENTS, IN_TAIL, "return left < 0 ? 0 : kOctet;", act),
-    "mask of what was not rounded": (ELEMENTS, "value = rounded<T>(value);", "", rounding),
+    "mask of what was not rounded": (ELEMENTS, "  z = rounded<T>(z);\n", "", rounding),
     "bits in reverse": (ELEMENTS, BITS, BITS.replace("<< j", "<< (7 - j)"), act),
     "channel not carried on": (DEVICE, "      offset -= inner;\n      ++channel;", "      offset -= inner;", backward),
     "channel walks off": (DEVICE, "if (channel >= channels) channel -= channels;", "", act),
+    "x counts where statistics are frozen": (ELEMENTS, "b == A(0) ? A(0) : x - mean", "x - mean", frozen),
     "stride of the grid": (ELEMENTS, "{gridDim.x} * blockDim.x", "{gridDim.x} * blockDim.x + 1", long),
     "number of an octet overflows": (ELEMENTS, "count - o * kOctet;", "count - static_cast<int8_t>(o) * kOctet;", long),
 }  # fmt: skip
@@ -180,7 +181,7 @@ def test_sanitizers_find_what_is_there(tmp_path):
     """A read beyond shared memory, which nothing else would notice."""
     program = (
         "import emulated, pathlib, test_emulation as t;"
-        f"library = emulated.build(pathlib.Path({str(tmp_path)!r}), main=emulated.HERE / 'warp_kernels.cpp');"
+        f"library = emulated.build(pathlib.Path({str(tmp_path)!r}), main=t.MAIN);"
         "t.run(emulated.Kernels(library), 'beyond_shared_memory')"
     )
     found = sanitized("float32", "-c", program)

@@ -21,6 +21,7 @@ PAIRS = [
     (torch.bfloat16, torch.bfloat16),
     (torch.float16, torch.float16),
 ]
+MAIN = HERE / "fold_kernels.cpp"
 POINTERS = ("weight", "bias", "gamma", "beta", "mean", "var")
 
 
@@ -32,11 +33,6 @@ class Layer(ctypes.Structure):
         ("shift", ctypes.c_void_p),
         *((name, ctypes.c_int) for name in ("outputs", "channels", "taps", "channels_last")),
     )
-
-
-@pytest.fixture(scope="module")
-def folding(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
-    return Kernels(emulated.build(tmp_path_factory.mktemp("fold"), main=HERE / "fold_kernels.cpp"))
 
 
 def network(dtype: torch.dtype) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
@@ -57,7 +53,7 @@ def network(dtype: torch.dtype) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
     return layers
 
 
-def check(folding: Kernels, source: torch.dtype, target: torch.dtype, seed: int = 0) -> list[torch.Tensor]:
+def check(kernels: Kernels, source: torch.dtype, target: torch.dtype, seed: int = 0) -> list[torch.Tensor]:
     layers, stores, kept = [], [], []
     for conv, bn in network(source):
         k, c, r, s = conv.weight.shape
@@ -69,7 +65,7 @@ def check(folding: Kernels, source: torch.dtype, target: torch.dtype, seed: int 
         layers.append(
             Layer(*pointers, bn.eps, *(store.flat.data_ptr() for store in stores[-1]), k, c, r * s, int(last))
         )
-    folding("fold", target, DTYPES.index(source), (Layer * len(layers))(*layers), len(layers), seed)
+    kernels("fold", target, DTYPES.index(source), (Layer * len(layers))(*layers), len(layers), seed)
     found = []
     for (conv, bn), (weight, shift) in zip(kept, stores):
         k, c, r, s = conv.weight.shape
@@ -81,15 +77,15 @@ def check(folding: Kernels, source: torch.dtype, target: torch.dtype, seed: int 
 
 
 @pytest.mark.parametrize("source, target", PAIRS, ids=str)
-def test_fold(folding, source, target):
-    check(folding, source, target)
+def test_fold(kernels, source, target):
+    check(kernels, source, target)
 
 
-def test_the_order_does_not_count(folding):
+def test_the_order_does_not_count(kernels):
     found = []
     for seed in range(3):
         torch.manual_seed(0)
-        found.append(check(folding, torch.float32, torch.bfloat16, seed))
+        found.append(check(kernels, torch.float32, torch.bfloat16, seed))
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other))
 
 
@@ -100,13 +96,13 @@ def test_the_order_does_not_count(folding):
         ("or_else(layer.gamma, 1.0)", "or_else(layer.gamma, 0.0)"),
         ("or_else(layer.bias, 0.0) - ", "or_else(layer.bias, 0.0) + "),
         ("+ layer.eps", ""),
-        ("i < size; i += 32", "i + 1 < size; i += 32"),
+        ("i < size; i += kLanes", "i + 1 < size; i += kLanes"),
         ("if (row >= rows) return;", "if (row >= rows - 1) return;"),
     ],
 )
 def test_planted_faults_are_seen(tmp_path, right, wrong):
     text = (CUDA / "fold.cuh").read_text(encoding="utf-8")
     assert text.count(right) == 1
-    library = emulated.build(tmp_path, {"fold.cuh": text.replace(right, wrong)}, main=HERE / "fold_kernels.cpp")
+    library = emulated.build(tmp_path, {"fold.cuh": text.replace(right, wrong)}, main=MAIN)
     with pytest.raises(AssertionError):
         check(Kernels(library), torch.float32, torch.float32)

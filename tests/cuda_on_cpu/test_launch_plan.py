@@ -6,10 +6,10 @@ import ctypes
 
 import pytest
 import torch
-from emulated import Kernels, Run
-from test_batch_norm import LAYOUTS, SHAPES, check_bn_act, check_bn_stats
+from emulated import CUDA, LAYOUTS, Kernels, Run, build
+from test_batch_norm import SHAPES, check_bn_act, check_bn_stats
 
-KERNEL_SHAPES = [*SHAPES, (256, 64, 112, 112), (256, 2048, 7, 7), (1, 3, 1, 1), (8, 64, 4096, 4096)]
+KERNEL_SHAPES = [*SHAPES, (256, 64, 112, 112), (256, 2048, 7, 7), (1, 3, 1, 1), (8, 64, 4096, 4096), (1, 2048, 16384, 16384)]
 
 
 class LaunchPlan(ctypes.Structure):
@@ -59,10 +59,34 @@ def test_channel_sums(kernels, shape, channels_last):
     rows = n * h * w if channels_last else n * -(-h * w // 8)
     assert plan.blocks_x == (-(-c // 256) if channels_last else c)
     assert (plan.blocks_y - 1) * plan.each < rows <= plan.blocks_y * plan.each  # none is empty, none is missing
-    assert plan.each < 2**24  # float32 counts them
-    assert plan.blocks_x * plan.blocks_y <= max(1024, plan.blocks_x) or plan.each == 2**23
+    assert plan.each * (1 if channels_last else 8) <= 2**23  # float32 counts them
+    assert plan.blocks_x * plan.blocks_y <= max(1024, plan.blocks_x) or plan.each == 2**20
     assert plan.bytes == 2 * n * c * h * w + 2 * plan.blocks_y * 3 * c * 4
     assert plan.shared_bytes == 256 * 3 * 4
+
+
+FAULTS = {
+    "a part that is lost": ("(whole + part - 1) / part", "whole / part"),
+    "too many at a time": ("kRowsAtMost = 1 << 20", "kRowsAtMost = 1 << 30"),
+    "empty splits": ("cut(rows, each)), each", "cut(rows, each) + 1), each"),
+    "more blocks than are resident": ("std::min(blocks, resident)", "std::max(blocks, resident)"),
+    "bytes of masks": ("octets * masks", "octets * (masks - masks)"),
+    "partial results once": ("2 * partials", "partials"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_seen(tmp_path, fault):
+    text = (CUDA / "launch_plan.h").read_text(encoding="utf-8")
+    right, wrong = FAULTS[fault]
+    assert text.count(right) == 1
+    faulty = Kernels(build(tmp_path, {"launch_plan.h": text.replace(right, wrong)}, only=torch.float32))
+    with pytest.raises(AssertionError):
+        for channels_last in (True, False):
+            for shape in KERNEL_SHAPES:
+                test_channel_sums(faulty, shape, channels_last)
+        for count in (1, 8, 2047, 2**31 + 5):
+            test_elementwise(faulty, count, 2)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)

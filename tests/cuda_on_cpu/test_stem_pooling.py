@@ -8,15 +8,15 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from emulated import CUDA, DTYPES, HERE, Banded, Kernels, build, compiler
+from emulated import CUDA, DTYPES, HERE, LAYOUTS, Banded, Kernels, build, image, name_of, vector
 from torch import Tensor
 
 from resnet_fused.backends.aten import AtenKernels
+from resnet_fused.backends.kernels import acc_dtype
 from resnet_fused.testing import assert_as_accurate
 
 ATEN = AtenKernels()
 MAIN = HERE / "pool_kernels.cpp"
-LAYOUTS = [torch.channels_last, torch.contiguous_format]
 # Odd and even sizes, one line, one column, one pixel; octets, tails and tiles of channels; windows beyond a split.
 SHAPES = [
     (2, 3, 5, 7),
@@ -42,21 +42,9 @@ class Run(ctypes.Structure):
 
 
 RUN = Run(2, 37, 2, 64, 1)  # few threads, which then stride, by no multiple of anything
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-every_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: str(layout).removeprefix("torch."))
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+every_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=name_of)
 every_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory):
-    if compiler() is None:
-        pytest.skip("no C++ compiler")
-    return tmp_path_factory.mktemp("emulated_pool")
-
-
-@pytest.fixture(scope="session")
-def pool(folder) -> Kernels:
-    return Kernels(build(folder, main=MAIN))
 
 
 @pytest.fixture(autouse=True)
@@ -64,28 +52,16 @@ def _seeded():
     torch.manual_seed(7)
 
 
-def accumulation(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def random_image(dtype, shape, layout, mean=0.0):
-    return (torch.randn(shape, dtype=torch.float64) + mean).to(dtype).contiguous(memory_format=layout)
-
-
 def whole_numbers(dtype, shape, layout):
     """Few values, so that windows have several maxima."""
     return torch.randint(-2, 4, shape).to(dtype).contiguous(memory_format=layout)
-
-
-def vector(dtype, channels):
-    return torch.rand(channels, dtype=torch.float64).add(-0.5).to(accumulation(dtype))
 
 
 def exact_vectors(dtype, channels):
     """Scales of either sign whose products are exact, so that it does not count whether they are fused with the sum."""
     at = torch.arange(channels)
     scale, shift = torch.tensor([1.0, -1.0, 2.0, 0.5])[at % 4], torch.tensor([0.0, 1.0, -0.5])[at % 3]
-    return scale.to(accumulation(dtype)), shift.to(accumulation(dtype))
+    return scale.to(acc_dtype(dtype)), shift.to(acc_dtype(dtype))
 
 
 def pooled(size: int) -> int:
@@ -146,8 +122,8 @@ def assert_equal(ours: Tensor, theirs: Tensor) -> None:
 
 def check_winners(kernels, dtype, shape, layout, run=RUN, offset=0):
     """Values and winners of few values and of many, exactly."""
-    for image in (whole_numbers, random_image):
-        x = image(dtype, shape, layout)
+    for numbers in (whole_numbers, image):
+        x = numbers(dtype, shape, layout)
         vectors = exact_vectors(dtype, shape[1])
         for ours, theirs in zip(
             Call(kernels, x, layout, run, offset).forward(*vectors), ATEN.bn_relu_maxpool(x, *vectors), strict=True
@@ -156,14 +132,14 @@ def check_winners(kernels, dtype, shape, layout, run=RUN, offset=0):
 
 
 def check_values(kernels, dtype, shape, layout, offset=0):
-    x, scale, shift = random_image(dtype, shape, layout), vector(dtype, shape[1]), vector(dtype, shape[1])
+    x, scale, shift = image(dtype, shape, layout), vector(dtype, shape[1]), vector(dtype, shape[1])
     out, _ = Call(kernels, x, layout, offset=offset).forward(scale, shift)
     gold, _ = ATEN.bn_relu_maxpool(x.double(), scale.double(), shift.double())
     assert_as_accurate(out, ATEN.bn_relu_maxpool(x, scale, shift)[0], gold)
 
 
 def check_gradients(kernels, dtype, shape, layout, run=RUN, offset=0):
-    x, mean = random_image(dtype, shape, layout, 0.5), vector(dtype, shape[1]) + 0.5
+    x, mean = image(dtype, shape, layout, 0.5), vector(dtype, shape[1]) + 0.5
     coefficients = [vector(dtype, shape[1]) for _ in range(3)]
     coefficients[1][::3] = 0
     index = ATEN.bn_relu_maxpool(x, *exact_vectors(dtype, shape[1]))[1]
@@ -185,23 +161,23 @@ def check_gradients(kernels, dtype, shape, layout, run=RUN, offset=0):
 @every_dtype
 @every_layout
 @every_shape
-def test_forward(pool, dtype, layout, shape):
-    check_winners(pool, dtype, shape, layout)
-    check_values(pool, dtype, shape, layout)
+def test_forward(kernels, dtype, layout, shape):
+    check_winners(kernels, dtype, shape, layout)
+    check_values(kernels, dtype, shape, layout)
 
 
 @every_dtype
 @every_layout
 @pytest.mark.parametrize("shape", SHAPES[:-1], ids=lambda shape: "x".join(map(str, shape)))
-def test_gradients(pool, dtype, layout, shape):
-    check_gradients(pool, dtype, shape, layout)
+def test_gradients(kernels, dtype, layout, shape):
+    check_gradients(kernels, dtype, shape, layout)
 
 
 @every_dtype
-def test_tensors_that_are_not_aligned(pool, dtype):
+def test_tensors_that_are_not_aligned(kernels, dtype):
     for layout, offset in zip(LAYOUTS, (1, 3)):
-        check_winners(pool, dtype, (2, 40, 4, 6), layout, offset=offset)
-        check_gradients(pool, dtype, (2, 40, 4, 6), layout, offset=offset)
+        check_winners(kernels, dtype, (2, 40, 4, 6), layout, offset=offset)
+        check_gradients(kernels, dtype, (2, 40, 4, 6), layout, offset=offset)
 
 
 def special_image(dtype, shape, layout):
@@ -218,7 +194,7 @@ def special_image(dtype, shape, layout):
 
 
 def check_nan_and_infinities(kernels, dtype, shape, layout):
-    x, ones = special_image(dtype, shape, layout), torch.ones(shape[1], dtype=accumulation(dtype))
+    x, ones = special_image(dtype, shape, layout), torch.ones(shape[1], dtype=acc_dtype(dtype))
     call = Call(kernels, x, layout)
     out, index = call.forward(ones, ones * 0)
     plain_out, plain_index = ATEN.bn_relu_maxpool(x, ones, ones * 0)
@@ -236,22 +212,22 @@ def check_nan_and_infinities(kernels, dtype, shape, layout):
 
 
 @every_dtype
-def test_nan_and_infinities(pool, dtype):
+def test_nan_and_infinities(kernels, dtype):
     for layout in LAYOUTS:
         for shape in ((1, 19, 5, 6), (2, 8, 4, 7)):
-            check_nan_and_infinities(pool, dtype, shape, layout)
+            check_nan_and_infinities(kernels, dtype, shape, layout)
 
 
 @every_layout
-def test_the_gradient_is_autograd_s(pool, layout):
+def test_the_gradient_is_autograd_s(kernels, layout):
     """The whole of it, from x to dx, without this package's other code: max pooling of ReLU."""
-    x = random_image(torch.float64, (2, 8, 7, 10), layout)
+    x = image(torch.float64, (2, 8, 7, 10), layout)
     leaf = x.clone().requires_grad_()
     expected = torch.nn.functional.max_pool2d(leaf.relu(), 3, 2, 1)
     grad = torch.randn(expected.shape, dtype=torch.float64)
     expected.backward(grad)
     ones = torch.ones(8, dtype=torch.float64)
-    call = Call(pool, x, layout)
+    call = Call(kernels, x, layout)
     out, index = call.forward(ones, ones * 0)
     assert_equal(out, expected.detach())
     dx = call.backward(grad, index, ones, [ones, ones * 0, ones * 0])
@@ -260,22 +236,22 @@ def test_the_gradient_is_autograd_s(pool, layout):
 
 @every_layout
 @pytest.mark.parametrize("shape", [(2, 40, 8, 9), (1, 17, 12, 5)], ids=str)
-def test_the_order_of_blocks_and_threads_does_not_count(pool, layout, shape):
+def test_the_order_of_blocks_and_threads_does_not_count(kernels, layout, shape):
     found = []
     for seed in range(3):
         torch.manual_seed(0)
-        found.append(check_gradients(pool, torch.float32, shape, layout, Run(3, 64, 5, 2, seed)))
-        check_winners(pool, torch.float32, shape, layout, Run(3, 64, 5, 2, seed))
+        found.append(check_gradients(kernels, torch.float32, shape, layout, Run(3, 64, 5, 2, seed)))
+        check_winners(kernels, torch.float32, shape, layout, Run(3, 64, 5, 2, seed))
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
 
 @pytest.mark.parametrize(
     "run", [Run(1, 32, 1, 1, 0), Run(1, 256, 40, 32, 0), Run(7, 64, 2, 256, 0)], ids=["one", "empty splits", "wide"]
 )
-def test_how_the_work_is_divided_does_not_count(pool, run):
+def test_how_the_work_is_divided_does_not_count(kernels, run):
     for layout in LAYOUTS:
-        check_winners(pool, torch.bfloat16, (2, 24, 5, 6), layout, run)
-        check_gradients(pool, torch.bfloat16, (2, 24, 5, 6), layout, run)
+        check_winners(kernels, torch.bfloat16, (2, 24, 5, 6), layout, run)
+        check_gradients(kernels, torch.bfloat16, (2, 24, 5, 6), layout, run)
 
 
 # The tests must see mistakes.
@@ -291,21 +267,20 @@ PLANTED = {
     "the last maximum": ("value > best.at[j]", "value >= best.at[j]"),
     "the first NaN": ("value != value", "value != value && best.at[j] == best.at[j]"),
     "compared before rounding": (
-        "rounded<T>(row[s].at[j] * scales.at[j] + shifts.at[j])",
-        "row[s].at[j] * scales.at[j] + shifts.at[j]",
+        "rounded<T>(multiply_add(row[s].at[j], scales.at[j], shifts.at[j]))",
+        "multiply_add(row[s].at[j], scales.at[j], shifts.at[j])",
     ),
     "windows outside": ("last_p || last_q", "last_p && last_q"),
     "pixels outside": ("!(outside_h || outside_w)", "true"),
     "channels outside": ("left < kWidth<kTaking> ? left : kWidth<kTaking>", "kWidth<kTaking>"),
     "transposed places": ("3 * (1 + dh - 2 * dp) + 1 + dw - 2 * dq", "3 * (1 + dw - 2 * dq) + 1 + dh - 2 * dp"),
-    "x counts where b is 0": ("bs.at[j] == A(0)", "false"),
     "a lost half of the tree": ("half >= lanes", "half > lanes"),
     "a lost carry": ("q -= q_count, ++p", "q -= q_count"),
 }
 
 
 @pytest.fixture(scope="session")
-def planted(folder):
+def planted(tmp_path_factory):
     """Kernels with every planted error, and which of them counts: one build for all."""
     text = (CUDA / "pool.cuh").read_text(encoding="utf-8")
     choices: dict[str, str] = {}
@@ -317,7 +292,7 @@ def planted(folder):
     for right, chosen in choices.items():
         text = text.replace(right, chosen)
     text = text.replace("#pragma once", "#pragma once\ninline int planted;")
-    library = build(folder, {"pool.cuh": text}, MAIN, only=torch.bfloat16)
+    library = build(tmp_path_factory.mktemp("planted"), {"pool.cuh": text}, MAIN, only=torch.bfloat16)
     return Kernels(library), ctypes.c_int.in_dll(ctypes.CDLL(str(library)), "planted")
 
 

@@ -1,19 +1,7 @@
 // Kernels that do wrong what a GPU would let pass or hang at, and one that does it right.
-#include "emulation.h"
+#include "calls.h"
 
 namespace {
-
-std::string message;
-
-const char* run(int blocks, int threads, unsigned seed, void (*kernel)(float*), float* out) {
-  try {
-    emulation::launch(blocks, threads, seed, kernel, out);
-    return nullptr;
-  } catch (const std::exception& error) {
-    message = error.what();
-    return message.c_str();
-  }
-}
 
 // Sums of the thread numbers of a block, by shuffles and shared memory.
 void sums(float* out) {
@@ -82,5 +70,5 @@ extern "C" const char* warp_kernel(int, int which, int blocks, unsigned seed, fl
                                      different_arrays,
                                      beyond_shared_memory,
                                      order_of_blocks};
-  return run(blocks, 64, seed, kernels[which], out);
+  return calls::guarded([&] { emulation::launch(blocks, 64, seed, kernels[which], out); });
 }

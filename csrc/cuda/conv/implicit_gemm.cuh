@@ -150,7 +150,7 @@ struct ConvLoader {
         Octet<T> z = Octet<T>::load(piece, kOctet, true);
 #pragma unroll
         for (int j = 0; j < kOctet; ++j) {
-          const float value = z.at[j] * scale.at[j] + shift.at[j];
+          const float value = multiply_add(z.at[j], scale.at[j], shift.at[j]);
           z.at[j] = with_relu ? relu(value) : value;
         }
         z.store(piece, kOctet, true);
@@ -183,7 +183,7 @@ __device__ __forceinline__ void add_products(ConvSums<Tile>& sums, const Bytes16
 #pragma unroll
     for (int i = 0; i < Tile::kWarpM / 16; ++i) {
 #pragma unroll
-      for (int j = 0; j < kWarpN / 8; ++j) multiply_add<T>(sums[i][j], a[i], b[j]);
+      for (int j = 0; j < kWarpN / 8; ++j) add_product<T>(sums[i][j], a[i], b[j]);
     }
   }
 }
@@ -339,11 +339,9 @@ conv_kernel(const T* x, ConvPrologue prologue, const T* filter, T* out, ConvEpil
 #pragma unroll
         for (int j = 0; j < kOctet; ++j) {
           float value = sum.at[j];
-          if (epilogue.scale != nullptr) value = value * scale.at[j] + shift.at[j];
+          if (epilogue.scale != nullptr) value = multiply_add(value, scale.at[j], shift.at[j]);
           if (epilogue.residual != nullptr) value += r.at[j];
-          value = rounded<T>(value);
-          bits |= static_cast<uint8_t>(passes(value)) << j;
-          z.at[j] = epilogue.relu ? relu(value) : value;
+          z.at[j] = activated<T>(value, epilogue.relu, j, bits);
         }
         z.store(out + first, kOctet, true);
         if (epilogue.mask != nullptr) epilogue.mask[first / kOctet] = bits;

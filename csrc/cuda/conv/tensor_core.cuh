@@ -49,7 +49,7 @@ __device__ __forceinline__ void load_matrices_x4(uint32_t (&out)[4], const void*
 
 // sums += A·B.
 template <class T>
-__device__ __forceinline__ void multiply_add(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+__device__ __forceinline__ void add_product(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   if constexpr (std::is_same_v<T, BFloat16>) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
         "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
@@ -148,7 +148,7 @@ inline void load_matrices_x4(uint32_t (&out)[4], const void* row) {
 }
 
 template <class T>
-void multiply_add(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+void add_product(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   using emulation::machine;
   twin::fragments.resize(machine.fibers.size());
   const size_t first = machine.current / emulation::kLanes * emulation::kLanes;
