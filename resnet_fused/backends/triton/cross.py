@@ -9,7 +9,7 @@ kept apart.
 import triton
 from triton import language as tl
 
-from .gemm import load_gradient, load_operand, pixels
+from .tiles import load_gradient, load_operand, pixels
 
 
 @triton.jit
@@ -158,43 +158,11 @@ def gram_kernel(
     sum_low = tl.zeros((BLOCK_N,), tl.float32)
     if centres is not None:
         centre_i = _first_mean(
-            x,
-            scale,
-            shift,
-            split * chunks,
-            i * BLOCK_N,
-            M,
-            C,
-            P,
-            Q,
-            H,
-            W,
-            stride_h,
-            stride_w,
-            RELU,
-            STRIDED,
-            BLOCK_M,
-            BLOCK_N,
-        )
+            x, scale, shift, split * chunks, i * BLOCK_N, M, C, P, Q, H, W, stride_h, stride_w, RELU, STRIDED, BLOCK_M, BLOCK_N
+        )  # fmt: skip
         centre_j = _first_mean(
-            x,
-            scale,
-            shift,
-            split * chunks,
-            j * BLOCK_N,
-            M,
-            C,
-            P,
-            Q,
-            H,
-            W,
-            stride_h,
-            stride_w,
-            RELU,
-            STRIDED,
-            BLOCK_M,
-            BLOCK_N,
-        )
+            x, scale, shift, split * chunks, j * BLOCK_N, M, C, P, Q, H, W, stride_h, stride_w, RELU, STRIDED, BLOCK_M, BLOCK_N
+        )  # fmt: skip
     for chunk in tl.range(split * chunks, tl.minimum((split + 1) * chunks, tl.cdiv(M, BLOCK_M))):
         row = tl.cast(chunk * BLOCK_M, tl.int64)
         valid = tl.arange(0, BLOCK_M) < M - chunk * BLOCK_M
@@ -223,24 +191,9 @@ def gram_kernel(
 
 @triton.jit
 def _first_mean(
-    x,
-    scale,
-    shift,
-    chunk,
-    first,
-    M,
-    C,
-    P,
-    Q,
-    H,
-    W,
-    stride_h,
-    stride_w,
-    RELU: tl.constexpr,
-    STRIDED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    x, scale, shift, chunk, first, M, C, P, Q, H, W, stride_h, stride_w,
+    RELU: tl.constexpr, STRIDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """The mean of a chunk's rows, 0 where it is not finite."""
     row = tl.cast(chunk * BLOCK_M, tl.int64)
     valid = tl.arange(0, BLOCK_M) < M - chunk * BLOCK_M
