@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from typing import Any
 
@@ -187,20 +188,23 @@ REGISTRY = (
 )  # fmt: skip
 
 
-def _shapes(kernel: str) -> list[dict[str, int]]:
-    """Where ResNets use a kernel, at batch sizes 32 and 256."""
-    shapes = []
-    for batch, (size, width) in itertools.product((32, 256), ((56, 64), (28, 128), (14, 256), (7, 512))):
-        m = batch * size * size
-        if kernel.endswith("3x3"):
-            shapes.append({"m": m, "c": width, "k": width, "h": size, "w": size})
-        elif kernel.startswith("pool"):
-            shapes.append({"m": batch * 56 * 56, "c": 64})
-        elif multiplies(kernel):
-            shapes += [{"m": m, "c": width, "k": 4 * width}, {"m": m, "c": 4 * width, "k": width}]
-        else:
-            shapes += [{"m": m, "c": width}, {"m": m, "c": 4 * width}]
-    return shapes
+@functools.cache
+def launches(dtype: str) -> dict[str, list[dict[str, int]]]:
+    """The shapes that ResNet-18 and ResNet-50 launch each kernel with, at batch sizes 32 and 256, by kernel."""
+    import torch
+
+    from resnet_fused import models
+    from resnet_fused.workloads import workloads
+
+    found: dict[str, list[dict[str, int]]] = {}
+    of = torch.float32 if dtype == "tf32" else torch.bfloat16 if dtype == "float16" else getattr(torch, dtype)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=dtype == "tf32"):
+        for name, batch, training in itertools.product(("resnet18", "resnet50"), (32, 256), (True, False)):
+            with torch.device("meta"):
+                network = models.BUILDERS[name]()
+            for workload in workloads(network, batch, 224, of, training):
+                found.setdefault(workload.kernel, []).append(dict(workload.shape))
+    return found
 
 
 def _has_tf32(kernel: Kernel) -> bool:
@@ -208,19 +212,23 @@ def _has_tf32(kernel: Kernel) -> bool:
 
 
 def chosen(kernel: Kernel, variant: str, dtype: str, arch: int) -> list[Any]:
-    """The configurations that ResNets get on a GPU of this architecture."""
+    """The configurations that ResNets get on GPUs of this architecture: those of any launch of the kernel, but for what decides
+    which there are to choose from, a coupling and how float32 is multiplied."""
     import torch
 
-    from resnet_fused.backends.triton import cost, devices, flagged
+    from resnet_fused.backends.triton import configs, cost, devices, flagged
 
     if kernel.own_configs:
         return [flagged.CONFIGS[getattr(torch, dtype).itemsize]]
     gpus = [gpu for gpu in devices.DEVICES.values() if gpu.arch == arch]
-    flags = {"feedback": int("FEEDBACK" in variant)}
-    if dtype == "tf32":
-        flags[kernel.precision(variant, dtype)] = 1
-    cases = itertools.product(gpus, [shape | flags for shape in _shapes(kernel.name)])
+    decided = ("FEEDBACK" in variant, kernel.precision(variant, dtype) if multiplies(kernel.name) else "ieee")
+    shapes = [
+        shape
+        for shape in launches(dtype).get(kernel.name, [])
+        if (bool(shape.get("feedback")), configs.precision_of(shape)) == decided
+    ]
     of = torch.float32 if dtype == "tf32" else getattr(torch, dtype)
+    cases = itertools.product(gpus, shapes)
     return list(dict.fromkeys(cost.ranked(kernel.name, shape, of, gpu)[0] for gpu, shape in cases))
 
 
@@ -245,5 +253,5 @@ def default_suite(arch: int) -> list[Case]:
             dtypes["float16"] = -1
         for dtype, variant in dtypes.items():
             name = kernel.variants[variant]
-            cases.append(kernel.case(name, dtype, arch, chosen(kernel, name, dtype, arch)[0]))
+            cases += [kernel.case(name, dtype, arch, config) for config in chosen(kernel, name, dtype, arch)[:1]]
     return cases

@@ -147,7 +147,7 @@ def test_a_second_operand_reads_the_gradient_once():
     """As many programs: the partial results are as large; what is more is the second operand."""
     config, shape = Config(64, 64, 64, 4, 2), {"m": M, "c": 64, "k": 4096}
     plain, added = (cost.work("wgrad1x1", shape | f, BF16, config, H200) for f in ({"c": 128}, {"c2": 64}))
-    assert plain.programs == added.programs and plain.memory_bytes == added.memory_bytes
+    assert plain.programs == added.programs and plain.memory_bytes == added.memory_bytes and plain.flops == added.flops
 
 
 @pytest.mark.parametrize(("precision", "factor"), [("tf32", 2), ("tf32x3", 6)])

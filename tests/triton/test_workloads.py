@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -80,6 +81,22 @@ def test_workloads_are_what_a_step_launches(monkeypatch, name, dtype, training, 
         key = workload.kernel, tuple(sorted(workload.shape.items())), workload.dtype
         found[key] = found.get(key, 0) + count
     assert found == asked_by_a_real_step(network, dtype, training)
+
+
+def test_launches_tell_the_table_what_they_read_and_write():
+    """Launches that move other tensors have entries of their own."""
+    flags: dict[str, set[str]] = {}
+    for name, own_conv3x3 in itertools.product(NETWORKS, (True, False)):
+        for w in workloads(NETWORKS[name](), 2, 32, BF16, True, own_conv3x3):
+            on = (flag for flag, value in w.shape.items() if value and flag not in ("m", "c", "k", "h", "w", "stride"))
+            flags.setdefault(w.kernel, set()).add(" ".join(on))
+    assert {"pending mask c2", "pending residual mask", "stats"} <= flags["fprop1x1"]
+    assert {"pending_grad residual", "masked feedback below", "masked feedback accumulate"} <= flags["dgrad1x1"]
+    assert {"pending masked", "pending masked c2", "pending_grad"} <= flags["wgrad1x1"]
+    assert {"pending stats", "stats"} == flags["fprop3x3"] and {"below", "pending_grad below"} == flags["dgrad3x3"]
+    assert {"pending pending_grad", "pending", "pending_grad"} == flags["wgrad3x3"]
+    assert {"", "residual", "residual mask"} == flags["bn_act"] and {"mask", "residual mask"} == flags["add_relu"]
+    assert {"activation", "mask"} == flags["bn_backward_reduce"] and {"", "mask"} == flags["bn_backward"]
 
 
 def test_float32_is_multiplied_as_in_pytorch():

@@ -18,7 +18,6 @@ from triton import language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..kernels import Below, Conv, Gradient, Operand, PendingGrad
-from .gemm import load_gradient, load_operand
 from .language import load_tile, load_vector, passes, rounded, store_tile, tile_moments
 from .launching import (
     described,
@@ -27,12 +26,13 @@ from .launching import (
     gradient,
     operand,
     options,
-    precision_flag,
     product_precision,
     rows_of,
+    shape_of,
     split,
 )
 from .merging import merge_moments, merge_sums
+from .tiles import load_gradient, load_operand
 from .tuning import Config, choose
 
 
@@ -203,14 +203,13 @@ def _tensor_access(dtype: torch.dtype, precision: str) -> Described:
     return (lambda t, *tile: t) if dtype == torch.float32 and precision == "ieee" else described
 
 
-def _asked(m: int, c: int, k: int, h: int, w: int, precision: str) -> dict[str, int]:
-    return {"m": m, "c": c, "k": k, "h": h, "w": w} | precision_flag(precision)
+_CONV = Conv((1, 1), (1, 1), (1, 1), 1)
 
 
 def supports(x: Tensor, weight: Tensor, conv: Conv) -> bool:
     """Whether these kernels take the convolution of ``x`` ``[N, C, H, W]`` with ``weight``."""
     return (
-        conv == Conv((1, 1), (1, 1), (1, 1), 1)
+        conv == _CONV
         and weight.dtype == x.dtype
         and tuple(weight.shape[1:]) == (x.shape[1], 3, 3)
         and x.numel() > 0
@@ -277,7 +276,9 @@ def wgrad(dy: Gradient, a: Operand, config: Config | None = None) -> Tensor:
     (_, c, h, w), k, m = x.shape, dz.shape[1], rows_of(x.shape)
     precision = product_precision(x, exact=False)
     if config is None:
-        config = choose("wgrad3x3", _asked(m, c, k, h, w, precision), x.dtype, x.device)
+        flags = {"pending": scale is not None, "pending_grad": isinstance(dy, PendingGrad)}
+        asked = shape_of(m, c, k, _CONV, precision, **flags) | {"h": h, "w": w}
+        config = choose("wgrad3x3", asked, x.dtype, x.device)
     tiles = 9 * triton.cdiv(k, config.block_n) * triton.cdiv(c, config.block_k)
     splits, chunks = split(m, tiles, config.block_m, x.device)
     partials = torch.empty(splits, k, 9, c, dtype=torch.float32, device=x.device)
@@ -318,7 +319,9 @@ def _convolve(
     (n, c, h, w), k, m = x.shape, weight.shape[1 if backward else 0], rows_of(x.shape)
     precision = product_precision(x, exact=False)
     if config is None:
-        asked = _asked(m, k if backward else c, c if backward else k, h, w, precision)
+        flags = {"pending": scale is not None, "pending_grad": isinstance(a, PendingGrad), "below": below is not None}
+        widths = (k, c) if backward else (c, k)
+        asked = shape_of(m, *widths, _CONV, precision, **flags, stats=stats) | {"h": h, "w": w}
         config = choose(kernel, asked, x.dtype, x.device)
     tiles = triton.cdiv(m, config.block_m)
     out = empty(x, (n, k, h, w))

@@ -83,15 +83,10 @@ def operand(a: Operand) -> tuple[Tensor, Tensor | None, Tensor | None, bool]:
     return check_dense(a), None, None, False
 
 
-def precision_flag(precision: str) -> dict[str, int]:
-    """Of a shape, for ``cost.precision_of``."""
-    return {} if precision == "ieee" else {precision: 1}
-
-
 def shape_of(rows: int, c: int, k: int, conv: Conv, precision: str, **flags: bool) -> dict[str, int]:
-    """What a configuration depends on."""
+    """What a configuration depends on; a precision is a flag too (``configs.precision_of``)."""
     asked = {"m": rows, "c": c, "k": k, "stride": max(conv.stride)} | {name: int(on) for name, on in flags.items()}
-    return asked | precision_flag(precision)
+    return asked | ({} if precision == "ieee" else {precision: 1})
 
 
 def described(t: Tensor | None, *tile: int) -> Tensor | TensorDescriptor | None:
