@@ -1,4 +1,5 @@
-// Every kernel of csrc/cuda in every dtype, so that nvcc makes its machine code (test_cuda_build.py).
+// Every kernel of csrc/cuda, so that nvcc makes its machine code (test_cuda_build.py): with ALL_DTYPES in every dtype, else in
+// bfloat16 and float32.
 #include "channel_sums.cuh"
 #include "conv/implicit_gemm.cuh"
 #include "elementwise.cuh"
@@ -41,12 +42,14 @@ void instances(const void** at) {
 }
 
 void instances_of_fold(const void** at) {
-  *at++ = reinterpret_cast<const void*>(fold_kernel<double, double>);
   *at++ = reinterpret_cast<const void*>(fold_kernel<float, float>);
   *at++ = reinterpret_cast<const void*>(fold_kernel<float, BFloat16>);
-  *at++ = reinterpret_cast<const void*>(fold_kernel<float, Half>);
   *at++ = reinterpret_cast<const void*>(fold_kernel<BFloat16, BFloat16>);
+#if defined(ALL_DTYPES)
+  *at++ = reinterpret_cast<const void*>(fold_kernel<double, double>);
+  *at++ = reinterpret_cast<const void*>(fold_kernel<float, Half>);
   *at++ = reinterpret_cast<const void*>(fold_kernel<Half, Half>);
+#endif
 }
 
 template <class T, class Tile>
@@ -57,18 +60,23 @@ void instances_of_conv(const void** at) {
   *at++ = reinterpret_cast<const void*>(conv_kernel<T, 3, true, Tile>);
 }
 
+template <class T>
+void instances_of_tensor_cores(const void** at) {
+  instances_of_conv<T, ConvTile128x128>(at);
+  instances_of_conv<T, ConvTile128x64>(at + 4);
+  instances_of_conv<T, ConvTile64x64>(at + 8);
+}
+
 void all_instances(const void** at) {
   instances_of_fold(at);
-  instances_of_conv<BFloat16, ConvTile128x128>(at);
-  instances_of_conv<BFloat16, ConvTile128x64>(at);
-  instances_of_conv<BFloat16, ConvTile64x64>(at);
-  instances_of_conv<Half, ConvTile128x128>(at);
-  instances_of_conv<Half, ConvTile128x64>(at);
-  instances_of_conv<Half, ConvTile64x64>(at);
-  instances<double>(at);
+  instances_of_tensor_cores<BFloat16>(at);
   instances<float>(at);
   instances<BFloat16>(at);
+#if defined(ALL_DTYPES)
+  instances_of_tensor_cores<Half>(at);
+  instances<double>(at);
   instances<Half>(at);
+#endif
 }
 
 }  // namespace resnet_fused::cuda

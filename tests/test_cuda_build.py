@@ -21,7 +21,10 @@ from resources import cuobjdump  # noqa: E402
 
 CUDA = ROOT / "csrc" / "cuda"
 INSTANCES = ROOT / "tests" / "cuda_instances.cu"
-ARCHES = ("sm_90a", *(pytest.param(arch, marks=pytest.mark.slow) for arch in ("sm_80", "sm_100")))
+CASES = [
+    ("sm_90a", False),
+    *(pytest.param(arch, True, marks=pytest.mark.slow) for arch in ("sm_80", "sm_90a", "sm_100")),
+]
 # At 256 threads: four, three and two blocks of a multiprocessor, half of that for what is wide.
 MOST_REGISTERS = {"elementwise": 64, "sums": 80, "pool": 128, "conv": 160}
 _KERNEL = re.compile(
@@ -76,10 +79,11 @@ def tool(name: str) -> str:
     return found
 
 
-def compiled(arch: str, folder: Path) -> Iterator[Compiled]:
+def compiled(arch: str, all_dtypes: bool, folder: Path) -> Iterator[Compiled]:
     include = Path(torch.__file__).parent / "include"
     cubin = folder / "kernels.cubin"
     command = [tool("nvcc"), "-std=c++20", f"-arch={arch}", "-cubin", "-Xptxas", "-v", "-Werror", "all-warnings"]
+    command += ["-DALL_DTYPES"] if all_dtypes else []
     command += [f"-I{path}" for path in (CUDA, include, include / "torch" / "csrc" / "api" / "include")]
     done = subprocess.run([*command, str(INSTANCES), "-o", str(cubin)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -90,9 +94,9 @@ def compiled(arch: str, folder: Path) -> Iterator[Compiled]:
         yield Compiled(name.strip(), int(stack), int(stores) + int(loads), int(registers), codes[mangled])
 
 
-@pytest.mark.parametrize("arch", ARCHES)
-def test_registers_spills_and_accesses(arch: str, tmp_path: Path) -> None:
-    kernels = list(compiled(arch, tmp_path))
+@pytest.mark.parametrize("arch, all_dtypes", CASES)
+def test_registers_spills_and_accesses(arch: str, all_dtypes: bool, tmp_path: Path) -> None:
+    kernels = list(compiled(arch, all_dtypes, tmp_path))
     declared = sum(path.read_text(encoding="utf-8").count("__global__") for path in CUDA.rglob("*.cuh"))
     assert len({kernel.name.split("<")[0] for kernel in kernels}) == declared
     wrong = []

@@ -9,7 +9,14 @@ import torch
 from emulated import CUDA, LAYOUTS, Kernels, Run, build
 from test_batch_norm import SHAPES, check_bn_act, check_bn_stats
 
-KERNEL_SHAPES = [*SHAPES, (256, 64, 112, 112), (256, 2048, 7, 7), (1, 3, 1, 1), (8, 64, 4096, 4096), (1, 2048, 16384, 16384)]
+KERNEL_SHAPES = [
+    *SHAPES,
+    (256, 64, 112, 112),
+    (256, 2048, 7, 7),
+    (1, 3, 1, 1),
+    (8, 64, 4096, 4096),
+    (1, 2048, 16384, 16384),
+]
 
 
 class LaunchPlan(ctypes.Structure):
@@ -66,7 +73,7 @@ def test_channel_sums(kernels, shape, channels_last):
 
 
 FAULTS = {
-    "a part that is lost": ("(whole + part - 1) / part", "whole / part"),
+    "a part too many": ("(whole + part - 1) / part", "whole / part + 1"),
     "too many at a time": ("kRowsAtMost = 1 << 20", "kRowsAtMost = 1 << 30"),
     "empty splits": ("cut(rows, each)), each", "cut(rows, each) + 1), each"),
     "more blocks than are resident": ("std::min(blocks, resident)", "std::max(blocks, resident)"),

@@ -97,7 +97,11 @@ def test_training_with_cudnns_conv3x3(name: str, monkeypatch: pytest.MonkeyPatch
     test_blocks(name, True, torch.bfloat16)
 
 
+# The kernels do not tell float16 from bfloat16, and the blocks above run in both.
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str
+)
 def test_a_whole_network(training: bool, dtype: torch.dtype) -> None:
     stock = narrow_network()
     networks.hold_clear_of_kinks(stock)
