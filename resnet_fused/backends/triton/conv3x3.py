@@ -320,8 +320,8 @@ def _convolve(
     precision = product_precision(x, exact=False)
     if config is None:
         flags = {"pending": scale is not None, "pending_grad": isinstance(a, PendingGrad), "below": below is not None}
-        widths = (k, c) if backward else (c, k)
-        asked = shape_of(m, *widths, _CONV, precision, **flags, stats=stats) | {"h": h, "w": w}
+        inputs, outputs = (k, c) if backward else (c, k)  # of the forward convolution
+        asked = shape_of(m, inputs, outputs, _CONV, precision, **flags, stats=stats) | {"h": h, "w": w}
         config = choose(kernel, asked, x.dtype, x.device)
     tiles = triton.cdiv(m, config.block_m)
     out = empty(x, (n, k, h, w))
