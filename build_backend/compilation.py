@@ -113,7 +113,7 @@ def cpu_library(settings: Settings, output: Path) -> Library:
     flags = ["-DTORCH_TARGET_VERSION=" + TARGET_VERSION, *x86_flags(), *_includes(settings.torch.include)]
     library = Library()
     # The kernels take the longest: they go first.
-    for source in [*sorted((csrc / "cpu").glob("*.cpp"), key=_slowest_first), csrc / "ops.cpp"]:
+    for source in [*sorted((csrc / "cpu").glob("*.cpp"), key=_slowest_first), csrc / "arguments.cpp", csrc / "ops.cpp"]:
         if source.stem in INSTRUCTION_SETS and not is_x86():
             continue
         library.objects.append(_object(settings, source, [*flags, *INSTRUCTION_SETS.get(source.stem, [])]))

@@ -1,4 +1,4 @@
-// Schemas of the operators that come in several backends. Processor kernels: cpu/. Fake kernels: resnet_fused/native.py.
+// Schemas of the operators. Processor kernels: cpu/; CUDA kernels: cuda/, which has no products of matrices. Fake kernels: resnet_fused/native.py.
 //
 // Activations are 4-D, dense in channels_last or contiguous, float64, float32, bfloat16 or float16; those of one call
 // share dtype, shape and layout. Per-channel vectors are float64 for float64 activations, else float32.
@@ -6,7 +6,13 @@
 // The ReLU is where(z <= 0, 0, z). z = x * scale + shift (+ residual), rounded once, at the store.
 #include <torch/csrc/stable/library.h>
 
-STABLE_TORCH_LIBRARY(resnet_fused, m) {
+// Tests run kernels of other devices under a name of their own.
+#if !defined(RESNET_FUSED_NAMESPACE)
+#define RESNET_FUSED_NAMESPACE resnet_fused
+#endif
+#define RESNET_FUSED_DEFINE(name, m) STABLE_TORCH_LIBRARY(name, m)
+
+RESNET_FUSED_DEFINE(RESNET_FUSED_NAMESPACE, m) {
   // Mean and biased variance over N, H, W.
   m.def("bn_stats(Tensor x) -> (Tensor mean, Tensor var)");
   // act(z) and its mask (empty unless asked for).

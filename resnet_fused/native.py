@@ -1,11 +1,13 @@
-"""The compiled library: loading it, saying what became of it, and shapes of its operators for tracing.
+"""The compiled libraries: loading them, saying what became of them, and shapes of their operators for tracing.
 
-``_cpu.so`` holds the operators of namespace ``resnet_fused`` (csrc/ops.cpp) and their processor kernels; ``_C`` tells
-how it was built. Both are optional: without them the ``aten`` backend runs, and ``status`` says why.
+``_cpu.so`` holds the operators of namespace ``resnet_fused`` (csrc/ops.cpp) and their processor kernels, ``_cuda.so`` their
+CUDA kernels; ``_C`` tells how they were built. All are optional: without them the ``aten`` backend runs, and ``status`` and
+``cuda_status`` say why.
 """
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +19,12 @@ _HERE = Path(__file__).resolve().parent
 LIBRARIES = ("_cpu.so", "_cpu.dylib", "_cpu.dll")
 FAILURE_NOTE = "_build_failure.txt"  # written by the build when there was no compiler, or it failed
 
-_status: str | None = None  # None: not tried yet; "loaded"; otherwise the reason
+CUDA_LIBRARY = "_cuda.so"
+OLDEST_GPU = (8, 0)  # compute capability of the kernels' instructions
+
+# None: not tried yet; "loaded"; otherwise the reason
+_status: str | None = None
+_cuda_status: str | None = None
 
 
 def load() -> bool:
@@ -53,6 +60,39 @@ def status() -> str:
     load()
     assert _status is not None
     return _status
+
+
+def cuda_status() -> str:
+    """``"loaded"``, or the reason why the CUDA kernels are not: they are only where PyTorch has CUDA and sees a GPU."""
+    global _cuda_status
+    if _cuda_status is None:
+        _cuda_status = _load_cuda()
+    return _cuda_status
+
+
+def _load_cuda() -> str:
+    if not load():
+        return f"the library that declares its operators is missing: {status()}"
+    if torch.version.cuda is None:
+        return f"this PyTorch ({torch.__version__}) is built without CUDA"
+    if not torch.cuda.is_available():
+        return "PyTorch sees no GPU"
+    library = _HERE / CUDA_LIBRARY
+    if not library.exists():
+        return "not compiled: run 'pip install .' where nvcc is on the PATH or CUDA_HOME names its toolkit"
+    device = torch.cuda.current_device()
+    if torch.cuda.get_device_capability(device) < OLDEST_GPU:
+        return "it needs an NVIDIA GPU of compute capability {}.{} or higher".format(*OLDEST_GPU)
+    try:
+        problem = ctypes.CDLL(str(library)).resnet_fused_cuda_problem
+        problem.argtypes, problem.restype = [ctypes.c_int], ctypes.c_char_p
+        reason = problem(device)
+        if reason is not None:
+            return f"{library.name} does not run on {torch.cuda.get_device_name(device)}: {reason.decode()}"
+        torch.ops.load_library(str(library))
+    except Exception as error:  # whatever the dynamic loader or the registration raises, the package must still import
+        return f"{library.name} could not be loaded: {error}"
+    return "loaded"
 
 
 def build_info() -> dict[str, object]:

@@ -54,7 +54,7 @@ def bad_calls():
         r"bn_stats: x: expected float64.*got Int": lambda: ops.bn_stats(x.int()),
         r"bn_stats: x: expected .* dense .*strides": lambda: ops.bn_stats(x[:, :, :, ::2]),
         r"bn_act: scale: expected shape \[6\], got \[5\]": lambda: ops.bn_act(x, scale[:5], shift, None, True, False),
-        r"bn_act: shift: expected Float .*got Double": lambda: ops.bn_act(x, scale, shift.double(), None, True, False),
+        r"bn_act: shift: expected Float, got Double": lambda: ops.bn_act(x, scale, shift.double(), None, True, False),
         r"bn_act: shift: expected stride 1, got 2": lambda: ops.bn_act(
             x, scale, torch.randn(12)[::2], None, True, False
         ),
@@ -62,7 +62,7 @@ def bad_calls():
         r"bn_act: residual: expected Float, got Half": lambda: ops.bn_act(x, scale, shift, x.half(), True, False),
         r"bn_act: residual: expected strides": lambda: ops.bn_act(x, scale, shift, x.contiguous(), True, False),
         r"mask_grad: mask: expected .* \[38\].* got \[37\]": lambda: ops.mask_grad(x, mask[:-1]),
-        r"mask_grad: mask: expected uint8": lambda: ops.mask_grad(x, mask.int()),
+        r"mask_grad: mask: expected Byte": lambda: ops.mask_grad(x, mask.int()),
         r"add_relu: b: expected strides": lambda: ops.add_relu(x, x.contiguous(), False),
         r"maxpool_backward_reduce: index: expected Byte": lambda: ops.bn_relu_maxpool_backward_reduce(
             pooled, index.int(), x, shift

@@ -4,9 +4,7 @@
 namespace resnet_fused {
 namespace {
 
-using Optional = std::optional<Tensor>;
-
-Args args_for(const Activations& t) {
+Args args_for(const TiledActivations& t) {
   Args args{};
   args.g = t.g;
   args.x = t.x.const_data_ptr();
@@ -15,7 +13,7 @@ Args args_for(const Activations& t) {
 }
 
 std::tuple<Tensor, Tensor> bn_stats(const Tensor& x) {
-  const Activations t("bn_stats", "x", x);
+  const TiledActivations t("bn_stats", "x", x);
   Args args = args_for(t);
   const Partials partials(t, 3, args);
   run_units(t, kernels(t.dtype).bn_stats, args, t.g.tiles, t.g.tile_rows * (t.g.channels_last ? t.g.c : 1),
@@ -24,7 +22,7 @@ std::tuple<Tensor, Tensor> bn_stats(const Tensor& x) {
 }
 
 void bn_act_into(
-    Activations& t, const Tensor& scale, const Tensor& shift, const Optional& residual, bool relu, const Tensor& out,
+    TiledActivations& t, const Tensor& scale, const Tensor& shift, const Optional& residual, bool relu, const Tensor& out,
     uint8_t* mask) {
   Args args = args_for(t);
   args.p.scale = t.channels("scale", scale);
@@ -38,20 +36,20 @@ void bn_act_into(
 
 std::tuple<Tensor, Tensor> bn_act(
     const Tensor& x, const Tensor& scale, const Tensor& shift, const Optional& residual, bool relu, bool save_mask) {
-  Activations t("bn_act", "x", x);
+  TiledActivations t("bn_act", "x", x);
   Tensor out = torch::stable::empty_like(x), mask = t.new_mask(save_mask);
   bn_act_into(t, scale, shift, residual, relu, out, save_mask ? static_cast<uint8_t*>(mask.mutable_data_ptr()) : nullptr);
   return {out, mask};
 }
 
 void bn_act_(const Tensor& x, const Tensor& scale, const Tensor& shift, const Optional& residual, bool relu) {
-  Activations t("bn_act_", "x", x);
+  TiledActivations t("bn_act_", "x", x);
   bn_act_into(t, scale, shift, residual, relu, x, nullptr);
 }
 
 // The arguments that both steps of the backward share.
 Args backward_args(
-    Activations& t, const Tensor& grad, const Optional& mask, const Tensor& mean, const Tensor& scale,
+    TiledActivations& t, const Tensor& grad, const Optional& mask, const Tensor& mean, const Tensor& scale,
     const Tensor& shift, bool relu) {
   Args args = args_for(t);
   args.grad = t.like("grad", grad);
@@ -67,7 +65,7 @@ Args backward_args(
 std::tuple<Tensor, Tensor, Tensor> bn_act_backward_reduce(
     const Tensor& grad, const Tensor& x, const Optional& mask, const Tensor& mean, const Tensor& scale,
     const Tensor& shift, bool relu, bool want_activation) {
-  Activations t("bn_act_backward_reduce", "x", x);
+  TiledActivations t("bn_act_backward_reduce", "x", x);
   Args args = backward_args(t, grad, mask, mean, scale, shift, relu);
   const i64 none = 0;
   Tensor activation = want_activation ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {&none, 1});
@@ -80,7 +78,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_backward_reduce(
 }
 
 void backward_into(
-    Activations& t, const Tensor& grad, const Optional& mask, const Tensor& mean, const Tensor& scale,
+    TiledActivations& t, const Tensor& grad, const Optional& mask, const Tensor& mean, const Tensor& scale,
     const Tensor& shift, bool relu, const Tensor& a, const Tensor& b, const Tensor& c, const Tensor& out) {
   Args args = backward_args(t, grad, mask, mean, scale, shift, relu);
   args.p.a = t.channels("a", a);
@@ -93,7 +91,7 @@ void backward_into(
 Tensor bn_act_backward(
     const Tensor& grad, const Tensor& x, const Optional& mask, const Tensor& mean, const Tensor& scale,
     const Tensor& shift, bool relu, const Tensor& a, const Tensor& b, const Tensor& c) {
-  Activations t("bn_act_backward", "x", x);
+  TiledActivations t("bn_act_backward", "x", x);
   Tensor out = torch::stable::empty_like(x);
   backward_into(t, grad, mask, mean, scale, shift, relu, a, b, c, out);
   return out;
@@ -102,12 +100,12 @@ Tensor bn_act_backward(
 void bn_act_backward_(
     const Tensor& grad, const Tensor& x, const Optional& mask, const Tensor& mean, const Tensor& scale,
     const Tensor& shift, bool relu, const Tensor& a, const Tensor& b, const Tensor& c) {
-  Activations t("bn_act_backward_", "x", x);
+  TiledActivations t("bn_act_backward_", "x", x);
   backward_into(t, grad, mask, mean, scale, shift, relu, a, b, c, grad);
 }
 
 std::tuple<Tensor, Tensor> add_relu(const Tensor& a, const Tensor& b, bool save_mask) {
-  const Activations t("add_relu", "a", a);
+  const TiledActivations t("add_relu", "a", a);
   Tensor out = torch::stable::empty_like(a), mask = t.new_mask(save_mask);
   Args args = args_for(t);
   args.other = t.like("b", b);
@@ -118,7 +116,7 @@ std::tuple<Tensor, Tensor> add_relu(const Tensor& a, const Tensor& b, bool save_
 }
 
 Tensor mask_grad(const Tensor& grad, const Tensor& mask) {
-  const Activations t("mask_grad", "grad", grad);
+  const TiledActivations t("mask_grad", "grad", grad);
   Tensor out = torch::stable::empty_like(grad);
   Args args = args_for(t);
   args.grad = grad.const_data_ptr();
@@ -129,7 +127,7 @@ Tensor mask_grad(const Tensor& grad, const Tensor& mask) {
 }
 
 void mask_grad_add_(const Tensor& acc, const Tensor& grad, const Tensor& mask) {
-  const Activations t("mask_grad_add_", "acc", acc);
+  const TiledActivations t("mask_grad_add_", "acc", acc);
   Args args = args_for(t);
   args.grad = t.like("grad", grad);
   args.mask = t.mask("mask", mask);

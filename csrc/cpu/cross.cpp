@@ -89,17 +89,17 @@ void merge_wgrad(const CrossArgs& args, R* to, const double* sums, const float* 
 std::tuple<Tensor, Tensor> pointwise_wgrad(
     const Tensor& dy, const Optional& mask, const Tensor& x, const Optional& centre, Stride stride) {
   const char* op = "pointwise_wgrad";
-  const Activations t = first_of(op, "x", x);
+  const TiledActivations t = first_of(op, "x", x);
   check_stride(op, "stride", stride);
   const i64 p = strided(t.g.h, stride[0]), q = strided(t.g.w, stride[1]);
   activation(t, "dy", dy, {t.g.n, -1, p, q});
   CrossArgs args{};
   args.m = t.g.n * p * q;
   args.a = operand(dy, {1, 1});
-  set_mask(args.a, op, mask, dy);
+  set_mask(args.a, t, mask, dy);
   args.b = operand(x, stride);
   const bool narrow = t.element_size == 2;
-  const void* middle = centre.has_value() ? vector_of(t, "centre", *centre, args.b.k) : nullptr;
+  const void* middle = centre.has_value() ? t.vector("centre", *centre, args.b.k) : nullptr;
   if (!narrow) args.b.centre = middle;
 
   const std::array<i64, 2> shape = {args.a.k, args.b.k};
@@ -148,7 +148,7 @@ std::vector<double> first_mean(const CrossArgs& args) {
 
 std::tuple<Tensor, Tensor> gram(const Tensor& x, Stride stride) {
   const char* op = "gram";
-  const Activations t = first_of(op, "x", x);
+  const TiledActivations t = first_of(op, "x", x);
   check_stride(op, "stride", stride);
   CrossArgs args{};
   args.m = t.g.n * strided(t.g.h, stride[0]) * strided(t.g.w, stride[1]);

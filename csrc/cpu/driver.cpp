@@ -83,7 +83,7 @@ void merge_moments(
 }
 
 template <class F>
-std::tuple<Tensor, Tensor> merge(const Activations& t, const F& f) {
+std::tuple<Tensor, Tensor> merge(const TiledActivations& t, const F& f) {
   Tensor first = t.new_channels(), second = t.new_channels();
   void *to1 = first.mutable_data_ptr(), *to2 = second.mutable_data_ptr();
   if (t.numel > 0)
@@ -100,7 +100,7 @@ void fill(const Tensor& t, i64 n, A value) {
   std::fill_n(static_cast<A*>(t.mutable_data_ptr()), n, value);
 }
 
-void fill_channels(const Activations& t, const Tensor& to, double value) {
+void fill_channels(const TiledActivations& t, const Tensor& to, double value) {
   if (t.dtype == kF64) fill<double>(to, t.g.c, value);
   else fill<float>(to, t.g.c, static_cast<float>(value));
 }
@@ -121,7 +121,7 @@ const Products& products(Dtype dtype) {
   return chosen[dtype];
 }
 
-void run_elements(const Activations& t, RangeKernel kernel, const Args& args) {
+void run_elements(const TiledActivations& t, RangeKernel kernel, const Args& args) {
   const i64 chunks = (t.numel + kChunk - 1) / kChunk;
   if (chunks == 0) return;
   torch::stable::parallel_for(0, chunks, kGrainElements / kChunk, [&](i64 b, i64 e) {
@@ -129,7 +129,7 @@ void run_elements(const Activations& t, RangeKernel kernel, const Args& args) {
   });
 }
 
-void run_units(const Activations& t, RangeKernel kernel, const Args& args, i64 units, i64 elements, i64 scratch) {
+void run_units(const TiledActivations& t, RangeKernel kernel, const Args& args, i64 units, i64 elements, i64 scratch) {
   if (t.numel == 0 || units == 0) return;
   const i64 grain = std::max<i64>(1, kGrainElements / std::max<i64>(1, elements));
   torch::stable::parallel_for(0, units, grain, [&](i64 b, i64 e) {
@@ -138,7 +138,7 @@ void run_units(const Activations& t, RangeKernel kernel, const Args& args, i64 u
   });
 }
 
-Partials::Partials(const Activations& t, int arrays, Args& args) {
+Partials::Partials(const TiledActivations& t, int arrays, Args& args) {
   if (t.numel == 0) {
     size_ = 0;
     return;
@@ -151,7 +151,7 @@ Partials::Partials(const Activations& t, int arrays, Args& args) {
   args.tile_shift = arrays > 2 ? data_.get() + 2 * step : nullptr;
 }
 
-std::tuple<Tensor, Tensor> Partials::sums(const Activations& t) const {
+std::tuple<Tensor, Tensor> Partials::sums(const TiledActivations& t) const {
   // Tiles may have been cut anew for this reduction.
   Geometry g = t.g;
   if (t.numel > 0) g.parts = size_ / g.c;
@@ -166,7 +166,7 @@ std::tuple<Tensor, Tensor> Partials::sums(const Activations& t) const {
   return result;
 }
 
-std::tuple<Tensor, Tensor> Partials::moments(const Activations& t) const {
+std::tuple<Tensor, Tensor> Partials::moments(const TiledActivations& t) const {
   auto result = merge(t, [&](auto* out1, auto* out2, i64 b, i64 e) {
     const auto* sum = reinterpret_cast<decltype(out1)>(data_.get());
     merge_moments(t.g, sum + 2 * size_, sum, sum + size_, out1, out2, b, e);

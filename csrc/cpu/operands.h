@@ -8,7 +8,6 @@
 
 namespace resnet_fused {
 
-using Optional = std::optional<Tensor>;
 using Stride = std::vector<int64_t>;
 using Shape = std::array<i64, 4>;
 
@@ -32,21 +31,15 @@ inline void check_layout(const char* op, const char* name, const Tensor& t) {
 }
 
 // The first activation; it sets the dtype of all.
-inline Activations first_of(const char* op, const char* name, const Tensor& x) {
-  Activations t(op, name, x);
+inline TiledActivations first_of(const char* op, const char* name, const Tensor& x) {
+  TiledActivations t(op, name, x);
   check_layout(op, name, x);
   return t;
 }
 
-inline void check_type(const char* op, const char* name, const Tensor& t, ScalarType type) {
-  STD_TORCH_CHECK(t.is_cpu(), op, ": ", name, ": expected a tensor on the CPU");
-  STD_TORCH_CHECK(t.scalar_type() == type, op, ": ", name, ": expected ", torch::headeronly::toString(type), ", got ",
-                  torch::headeronly::toString(t.scalar_type()));
-}
-
 // Another activation of that shape; a size of -1 may be any.
-inline const void* activation(const Activations& like, const char* name, const Tensor& t, const Shape& shape) {
-  check_type(like.op, name, t, like.scalar_type);
+inline const void* activation(const TiledActivations& like, const char* name, const Tensor& t, const Shape& shape) {
+  like.check_type(name, t, like.scalar_type);
   bool same = t.dim() == 4;
   Shape expected = shape;
   for (int i = 0; same && i < 4; ++i) {
@@ -56,22 +49,6 @@ inline const void* activation(const Activations& like, const char* name, const T
   STD_TORCH_CHECK(same, like.op, ": ", name, ": expected shape ", shape_string({expected.data(), 4}),
                   " (-1: any size), got ", shape_string(t.sizes()));
   check_layout(like.op, name, t);
-  return t.const_data_ptr();
-}
-
-inline const uint8_t* mask_of(const char* op, const char* name, const Tensor& t, i64 bytes) {
-  check_type(op, name, t, ScalarType::Byte);
-  STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == bytes && t.is_contiguous(), op, ": ", name,
-                  ": expected a contiguous tensor of shape [", bytes, "], one bit per element, got ",
-                  shape_string(t.sizes()));
-  return static_cast<const uint8_t*>(t.const_data_ptr());
-}
-
-inline const void* vector_of(const Activations& like, const char* name, const Tensor& t, i64 n) {
-  check_type(like.op, name, t, like.acc_type);
-  STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == n, like.op, ": ", name, ": expected shape [", n, "], got ",
-                  shape_string(t.sizes()));
-  STD_TORCH_CHECK(n <= 1 || t.stride(0) == 1, like.op, ": ", name, ": expected stride 1, got ", t.stride(0));
   return t.const_data_ptr();
 }
 
@@ -99,19 +76,19 @@ inline Operand operand(const Tensor& t, const Stride& stride) {
   return r;
 }
 
-inline void set_mask(Operand& to, const char* op, const Optional& mask, const Tensor& of) {
+inline void set_mask(Operand& to, const TiledActivations& like, const Optional& mask, const Tensor& of) {
   if (!mask.has_value()) return;
-  STD_TORCH_CHECK(to.rows.dense, op, ": mask: expected stride [1, 1] with a mask, got ",
+  STD_TORCH_CHECK(to.rows.dense, like.op, ": mask: expected stride [1, 1] with a mask, got ",
                   shape_string({std::array<i64, 2>{to.rows.sh, to.rows.sw}.data(), 2}));
   to.mask_bytes = divide_up(of.numel(), 8);
-  to.mask = mask_of(op, "mask", *mask, to.mask_bytes);
+  to.mask = like.mask("mask", *mask, of.numel());
 }
 
-inline void set_centre(Operand& to, const Activations& like, const char* name, const Optional& centre) {
+inline void set_centre(Operand& to, const TiledActivations& like, const char* name, const Optional& centre) {
   if (!centre.has_value()) return;
   STD_TORCH_CHECK(like.element_size > 2, like.op, ": ", name, ": expected float32 or float64 activations, got ",
                   torch::headeronly::toString(like.scalar_type));
-  to.centre = vector_of(like, name, *centre, to.k);
+  to.centre = like.vector(name, *centre, to.k);
 }
 
 }  // namespace resnet_fused

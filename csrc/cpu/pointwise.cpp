@@ -10,8 +10,8 @@ constexpr i64 kFreshBytes = 32 << 20;           // larger blocks come anew from 
 
 // A product: its operand and its weight [n, k].
 void add_product(
-    ProductArgs& args, const Activations& like, const Operand& in, const char* name, const Tensor& weight, i64 n) {
-  check_type(like.op, name, weight, like.scalar_type);
+    ProductArgs& args, const TiledActivations& like, const Operand& in, const char* name, const Tensor& weight, i64 n) {
+  like.check_type(name, weight, like.scalar_type);
   const std::array<i64, 2> expected = {n, in.k};
   STD_TORCH_CHECK(weight.dim() == 2 && weight.size(0) == n && weight.size(1) == in.k, like.op, ": ", name,
                   ": expected shape ", shape_string({expected.data(), 2}), ", got ", shape_string(weight.sizes()));
@@ -33,7 +33,7 @@ const void* padded(const void* from, i64 n, A otherwise, std::vector<std::unique
   return to;
 }
 
-void run_products(const Activations& like, ProductArgs& args) {
+void run_products(const TiledActivations& like, ProductArgs& args) {
   if (args.m == 0 || args.n == 0) return;
   std::vector<std::unique_ptr<char[]>> vectors;
   const auto pad = [&](const void* from, double otherwise) {
@@ -76,7 +76,7 @@ std::tuple<Tensor, Tensor> pointwise(
     const Optional& residual, const Optional& residual_mask, bool relu, bool save_mask,
     const Optional& centre, const Optional& centre2, const Optional& weight2_low) {
   const char* op = "pointwise";
-  const Activations t = first_of(op, "x", x);
+  const TiledActivations t = first_of(op, "x", x);
   check_stride(op, "stride", stride);
   check_stride(op, "stride2", stride2);
   check_alone(op, "x2", x2, "weight2", weight2);
@@ -94,7 +94,7 @@ std::tuple<Tensor, Tensor> pointwise(
   const Shape shape = {t.g.n, args.n, strided(t.g.h, stride[0]), strided(t.g.w, stride[1])};
   args.m = shape[0] * shape[2] * shape[3];
   Operand in = operand(x, stride);
-  set_mask(in, op, mask, x);
+  set_mask(in, t, mask, x);
   set_centre(in, t, "centre", centre);
   add_product(args, t, in, "weight", weight, args.n);
   if (x2.has_value()) {
@@ -107,12 +107,12 @@ std::tuple<Tensor, Tensor> pointwise(
     add_product(args, t, in2, "weight2", *weight2, args.n);
     if (weight2_low.has_value()) add_product(args, t, in2, "weight2_low", *weight2_low, args.n);
   }
-  if (scale.has_value()) args.scale[0] = vector_of(t, "scale", *scale, args.n);
-  if (scale2.has_value()) args.scale[1] = vector_of(t, "scale2", *scale2, args.n);
-  if (shift.has_value()) args.shift = vector_of(t, "shift", *shift, args.n);
+  if (scale.has_value()) args.scale[0] = t.vector("scale", *scale, args.n);
+  if (scale2.has_value()) args.scale[1] = t.vector("scale2", *scale2, args.n);
+  if (shift.has_value()) args.shift = t.vector("shift", *shift, args.n);
   args.out_mask_bytes = divide_up(args.m * args.n, 8);
   if (residual.has_value()) args.residual = activation(t, "residual", *residual, shape);
-  if (residual_mask.has_value()) args.residual_mask = mask_of(op, "residual_mask", *residual_mask, args.out_mask_bytes);
+  if (residual_mask.has_value()) args.residual_mask = t.mask("residual_mask", *residual_mask, args.m * args.n);
   args.relu = relu;
   args.out_rows.dense = true;
   Tensor out = torch::stable::empty({shape.data(), 4}, t.scalar_type, std::nullopt, std::nullopt, std::nullopt,
@@ -130,7 +130,7 @@ void pointwise_add_(
     const Optional& weight2, Stride stride, const Optional& shift, const Optional& centre, const Optional& centre2,
     const Optional& weight2_low) {
   const char* op = "pointwise_add_";
-  const Activations t = first_of(op, "acc", acc);
+  const TiledActivations t = first_of(op, "acc", acc);
   check_stride(op, "stride", stride);
   check_alone(op, "x2", x2, "weight2", weight2);
   check_alone(op, "weight2", weight2, "x2", x2);
@@ -142,7 +142,7 @@ void pointwise_add_(
   args.m = t.g.n * p * q;
   activation(t, "x", x, {t.g.n, -1, p, q});
   Operand in = operand(x, {1, 1});
-  set_mask(in, op, mask, x);
+  set_mask(in, t, mask, x);
   set_centre(in, t, "centre", centre);
   add_product(args, t, in, "weight", weight, args.n);
   if (x2.has_value()) {
@@ -152,7 +152,7 @@ void pointwise_add_(
     add_product(args, t, in2, "weight2", *weight2, args.n);
     if (weight2_low.has_value()) add_product(args, t, in2, "weight2_low", *weight2_low, args.n);
   }
-  if (shift.has_value()) args.shift = vector_of(t, "shift", *shift, args.n);
+  if (shift.has_value()) args.shift = t.vector("shift", *shift, args.n);
   args.out_rows = rows_of(t.g.h, t.g.w, stride);
   args.out = acc.mutable_data_ptr();
   args.residual = args.out;

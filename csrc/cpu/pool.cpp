@@ -12,7 +12,7 @@ i64 line(const Geometry& g) { return g.channels_last ? g.w * g.c : g.w; }
 i64 backward_scratch(const Geometry& g) { return line(g) + kBlock + 2 * (pooled_size(g.w) + 2 * kBlock); }
 
 std::tuple<Tensor, Tensor> bn_relu_maxpool(const Tensor& x, const Tensor& scale, const Tensor& shift) {
-  Activations t("bn_relu_maxpool", "x", x);
+  TiledActivations t("bn_relu_maxpool", "x", x);
   const Geometry& g = t.g;
   Tensor out = t.new_pooled(t.scalar_type), index = t.new_pooled(ScalarType::Byte);
   Args args{};
@@ -28,7 +28,7 @@ std::tuple<Tensor, Tensor> bn_relu_maxpool(const Tensor& x, const Tensor& scale,
   return {out, index};
 }
 
-Args backward_args(Activations& t, const Tensor& grad, const Tensor& index, const Tensor& mean) {
+Args backward_args(TiledActivations& t, const Tensor& grad, const Tensor& index, const Tensor& mean) {
   Args args{};
   args.g = t.g;
   args.x = t.x.const_data_ptr();
@@ -40,7 +40,7 @@ Args backward_args(Activations& t, const Tensor& grad, const Tensor& index, cons
 
 std::tuple<Tensor, Tensor> bn_relu_maxpool_backward_reduce(
     const Tensor& grad, const Tensor& index, const Tensor& x, const Tensor& mean) {
-  Activations t("bn_relu_maxpool_backward_reduce", "x", x);
+  TiledActivations t("bn_relu_maxpool_backward_reduce", "x", x);
   Args args = backward_args(t, grad, index, mean);
   Geometry& g = args.g;
   i64 elements = g.hw;
@@ -63,7 +63,7 @@ std::tuple<Tensor, Tensor> bn_relu_maxpool_backward_reduce(
 Tensor bn_relu_maxpool_backward(
     const Tensor& grad, const Tensor& index, const Tensor& x, const Tensor& mean, const Tensor& a, const Tensor& b,
     const Tensor& c) {
-  Activations t("bn_relu_maxpool_backward", "x", x);
+  TiledActivations t("bn_relu_maxpool_backward", "x", x);
   Args args = backward_args(t, grad, index, mean);
   args.p.a = t.channels("a", a);
   args.p.b = t.channels("b", b);

@@ -23,6 +23,7 @@ constexpr int kResidentBlocks = 8;         // of a multiprocessor with 2048 thre
 constexpr int64_t kGridOfSums = 1024;    // some waves on the largest GPU; fixed, so that sums have the same bits on all
 constexpr int64_t kRowsAtLeast = 64;       // of a split: eight of each warp
 constexpr int64_t kOctetsAtLeast = 1024;   // of a split of planes: four of each thread
+constexpr int64_t kWindowsAtLeast = 4;     // of each thread in a split
 constexpr int64_t kRowsAtMost = 1 << 20;  // or octets: a block counts its elements in float32
 
 inline int64_t cut(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
@@ -56,6 +57,30 @@ inline LaunchPlan plan_channel_sums(
   const int64_t partials = splits * channels * values * accumulate_size;
   return {tiles, splits, kThreads, each, int64_t{kThreads} * values * accumulate_size,
           images * inner * channels * element_size * tensors + 2 * partials};
+}
+
+// Blocks of a kernel with a thread for each channel.
+inline unsigned blocks_of_channels(int64_t channels) { return static_cast<unsigned>(plan::cut(channels, kThreads)); }
+
+// Blocks of a kernel that walks over so many windows' units of channels.
+inline int64_t plan_windows(int64_t units, int multiprocessors) {
+  const int64_t resident = int64_t{multiprocessors} * plan::kResidentBlocks;
+  return std::max<int64_t>(1, std::min(plan::cut(units, kThreads), resident));
+}
+
+struct WindowSumsPlan {
+  int64_t tiles;   // of lanes units of channels
+  int splits, lanes;
+  int64_t each;    // windows of a split
+};
+
+// Of sums over windows that have so many units of channels; of planes, whose neighbours in memory are windows.
+inline WindowSumsPlan plan_window_sums(int64_t windows, int64_t units, bool planes) {
+  int lanes = 1;
+  while (!planes && lanes < kLanes && lanes < units) lanes *= 2;
+  const int64_t tiles = plan::cut(units, lanes);
+  const auto [splits, each] = plan::split(windows, tiles, plan::kWindowsAtLeast * (kThreads / lanes));
+  return {tiles, static_cast<int>(splits), lanes, each};
 }
 
 }  // namespace resnet_fused::cuda

@@ -11,6 +11,7 @@ import torch
 from .. import native
 from .aten import AtenKernels
 from .cpu import CpuKernels
+from .cuda import cuda_kernels
 from .kernels import Conv, Kernels, acc_dtype
 
 __all__ = [
@@ -28,7 +29,7 @@ __all__ = [
 ENVIRONMENT_VARIABLE = "RESNET_FUSED_BACKEND"
 
 _KERNELS: dict[str, Kernels] = {"aten": AtenKernels()}
-_REASONS: dict[str, str] = {"cuda": "this version has no CUDA kernels"}
+_REASONS: dict[str, str] = {}
 if native.is_loaded():
     _KERNELS["cpu"] = CpuKernels()
 else:
@@ -55,6 +56,11 @@ if isinstance(_triton, str):
     _REASONS["triton"] = _triton
 else:
     _KERNELS["triton"] = _triton
+
+if native.cuda_status() == "loaded":
+    _KERNELS["cuda"] = cuda_kernels()
+else:
+    _REASONS["cuda"] = native.cuda_status()
 
 
 def available_backends() -> list[str]:
@@ -123,6 +129,6 @@ def choose(device: torch.device) -> str:
     wish = current()
     if wish == "auto":
         return "cpu" if device.type == "cpu" and "cpu" in _KERNELS else "aten"
-    if wish == "cpu" and device.type != "cpu":
+    if wish in ("cpu", "cuda") and device.type != wish:
         return "aten"
     return wish

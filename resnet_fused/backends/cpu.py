@@ -8,15 +8,14 @@ import torch
 from torch import Tensor
 
 from ..statistics import coupling_shift, two_parts
-from .aten import AtenKernels
 from .kernels import Conv, Feedback, Operand, Product, acc_dtype, filter_matrix, is_pointwise
+from .library import LibraryKernels
 
 
-class CpuKernels(AtenKernels):
-    """Kernels of the compiled library, ``torch.ops.resnet_fused``; available when ``native.is_loaded()``.
+class CpuKernels(LibraryKernels):
+    """Kernels of the compiled library for processors; available when ``native.is_loaded()``.
 
-    float64, float32, bfloat16 and float16, channels_last and contiguous, any shape. Sums have the same bits for any
-    number of threads. float16 and bfloat16 are computed in float32 and rounded once.
+    Sums have the same bits for any number of threads.
 
     1×1 convolutions are this library's own products, not oneDNN's: oneDNN's ReLU turns NaN into 0, its weight gradient is
     rounded to bfloat16 before anything can be subtracted from it, and it cannot mask or centre a gradient while loading it.
@@ -107,69 +106,6 @@ class CpuKernels(AtenKernels):
             for a, centre, conv in operands
         ]
         return [t for t, _ in found], found[0][1]
-
-    def bn_stats(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.ops.resnet_fused.bn_stats(x)
-
-    def bn_act(
-        self, x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, relu: bool, save_mask: bool
-    ) -> tuple[Tensor, Tensor]:
-        return torch.ops.resnet_fused.bn_act(x, scale, shift, residual, relu, save_mask)
-
-    def bn_act_(self, x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, relu: bool) -> None:
-        torch.ops.resnet_fused.bn_act_(x, scale, shift, residual, relu)
-
-    def bn_act_backward_reduce(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        mask: Tensor | None,
-        mean: Tensor,
-        scale: Tensor,
-        shift: Tensor,
-        relu: bool,
-        want_activation: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.ops.resnet_fused.bn_act_backward_reduce(grad, x, mask, mean, scale, shift, relu, want_activation)
-
-    def bn_act_backward(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        mask: Tensor | None,
-        mean: Tensor,
-        scale: Tensor,
-        shift: Tensor,
-        relu: bool,
-        coefficients: tuple[Tensor, Tensor, Tensor],
-        inplace: bool = False,
-    ) -> Tensor:
-        if inplace:
-            torch.ops.resnet_fused.bn_act_backward_(grad, x, mask, mean, scale, shift, relu, *coefficients)
-            return grad
-        return torch.ops.resnet_fused.bn_act_backward(grad, x, mask, mean, scale, shift, relu, *coefficients)
-
-    def add_relu(self, a: Tensor, b: Tensor, save_mask: bool) -> tuple[Tensor, Tensor]:
-        return torch.ops.resnet_fused.add_relu(a, b, save_mask)
-
-    def mask_grad(self, grad: Tensor, mask: Tensor) -> Tensor:
-        return torch.ops.resnet_fused.mask_grad(grad, mask)
-
-    def mask_grad_add_(self, acc: Tensor, grad: Tensor, mask: Tensor) -> None:
-        torch.ops.resnet_fused.mask_grad_add_(acc, grad, mask)
-
-    def bn_relu_maxpool(self, x: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.ops.resnet_fused.bn_relu_maxpool(x, scale, shift)
-
-    def bn_relu_maxpool_backward_reduce(
-        self, grad: Tensor, index: Tensor, x: Tensor, mean: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        return torch.ops.resnet_fused.bn_relu_maxpool_backward_reduce(grad, index, x, mean)
-
-    def bn_relu_maxpool_backward(
-        self, grad: Tensor, index: Tensor, x: Tensor, mean: Tensor, coefficients: tuple[Tensor, Tensor, Tensor]
-    ) -> Tensor:
-        return torch.ops.resnet_fused.bn_relu_maxpool_backward(grad, index, x, mean, *coefficients)
 
 
 def _pointwise(

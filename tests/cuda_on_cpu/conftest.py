@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from emulated import HERE, Kernels, build, compiler
+from emulated import HERE, Kernels, build, built_once, compiler
+from emulated_operators import EmulatedCuda, build_operators, load
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -17,11 +19,24 @@ def _compiler() -> None:
 
 
 @pytest.fixture(scope="session")
-def _built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Kernels]:
-    return functools.cache(lambda main: Kernels(build(tmp_path_factory.mktemp("emulated"), main=main)))
+def _folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One of all workers."""
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "emulated"
+
+
+@pytest.fixture(scope="session")
+def _built(_folder: Path) -> Callable[[Path], Kernels]:
+    return functools.cache(lambda main: Kernels(built_once(_folder / main.stem, lambda folder: build(folder, main=main))))
 
 
 @pytest.fixture(scope="module")
 def kernels(request: pytest.FixtureRequest, _built: Callable[[Path], Kernels]) -> Kernels:
     """Those that a test module names as its MAIN, else of kernels.cpp."""
     return _built(getattr(request.module, "MAIN", HERE / "kernels.cpp"))
+
+
+@pytest.fixture(scope="session")
+def cuda(_folder: Path) -> EmulatedCuda:
+    """The ``cuda`` backend, its launchers and kernels compiled for a processor, for tensors there."""
+    return load(built_once(_folder / "operators", build_operators))

@@ -7,11 +7,13 @@ UndefinedBehaviorSanitizer, whose libraries must then be loaded before Python (`
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import math
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -67,6 +69,17 @@ def build(
     command += [f"-I{path}" for path in folders]
     subprocess.run([*command, str(main), "-o", str(library)], check=True)
     return library
+
+
+def built_once(folder: Path, build_in: Callable[[Path], Path]) -> Path:
+    """What ``build_in(folder)`` makes, for all processes of a test run: one builds, the others wait."""
+    folder.mkdir(parents=True, exist_ok=True)
+    done = folder / "done"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            done.write_text(str(build_in(folder)), encoding="utf-8")
+    return Path(done.read_text(encoding="utf-8"))
 
 
 def name_of(value: object) -> str:

@@ -50,7 +50,7 @@ enum class Waits { kNothing, kBarrier, kWarp, kForever };  // kForever: the thre
 
 struct Fiber {
   ucontext_t context{};
-  std::unique_ptr<char[]> stack = std::make_unique<char[]>(kStackBytes);
+  std::unique_ptr<char[]> stack = std::make_unique_for_overwrite<char[]>(kStackBytes);
   dim3 index;
   Waits waits = Waits::kNothing;
   unsigned mask = 0;        // of the warp function it waits in
@@ -63,6 +63,7 @@ struct Machine {
   std::vector<Fiber> fibers;
   ucontext_t scheduler{};
   size_t current = 0;
+  uint64_t launches = 0;
   std::function<void()> body;
   std::vector<std::unique_ptr<char[]>> shared;  // allocations of the block, in program order
   std::vector<size_t> shared_bytes;
@@ -202,7 +203,8 @@ void launch(dim3 grid, dim3 block, uint32_t seed, Kernel kernel, Arguments... ar
   machine.random.seed(seed);
   machine.error = nullptr;
   machine.body = [=] { kernel(arguments...); };
-  machine.fibers = std::vector<Fiber>(block.count());
+  if (machine.fibers.size() != block.count()) machine.fibers = std::vector<Fiber>(block.count());
+  ++machine.launches;
   std::vector<size_t> blocks(grid.count());
   for (size_t i = 0; i < blocks.size(); ++i) blocks[i] = i;
   std::shuffle(blocks.begin(), blocks.end(), machine.random);

@@ -76,6 +76,7 @@ struct Copy {
 
 // A thread's copies that have not arrived: groups, the last of which is not closed.
 struct Copies {
+  uint64_t launch;
   dim3 block;
   std::vector<std::vector<Copy>> groups;
 };
@@ -88,14 +89,12 @@ struct Fragments {
 inline std::vector<Copies> copies;  // of each thread of the block
 inline std::vector<Fragments> fragments;
 
-// Before a launch: blocks of two launches may have the same index.
-inline void forget() { copies.clear(); }
-
 inline Copies& copies_of_this_thread() {
-  copies.resize(emulation::machine.fibers.size(), {dim3(~0u), {}});
+  copies.resize(emulation::machine.fibers.size(), {});
   Copies& mine = copies[emulation::machine.current];
-  const bool begins = mine.block.x != blockIdx.x || mine.block.y != blockIdx.y || mine.block.z != blockIdx.z;
-  if (begins) mine = {blockIdx, {{}}};
+  const bool begins = mine.launch != emulation::machine.launches || mine.block.x != blockIdx.x ||
+                      mine.block.y != blockIdx.y || mine.block.z != blockIdx.z;
+  if (begins) mine = {emulation::machine.launches, blockIdx, {{}}};
   return mine;
 }
 
