@@ -68,4 +68,22 @@ RESNET_FUSED_DEFINE(RESNET_FUSED_NAMESPACE, m) {
       " -> (Tensor dweight, Tensor sum_dy)");
   // Mean and biased covariance of the rows, in float64.
   m.def("gram(Tensor x, int[2] stride) -> (Tensor mean, Tensor cov)");
+  // Convolutions of half precision with a filter [K, C, R, R], R = 1 or 3, padding R / 2 and one stride, C and K multiples
+  // of 8, activations and filter dense in channels_last. x stands for act(x * x_scale + x_shift), rounded, where these are
+  // given; borders are 0 behind it. Sums are formed in float32. CUDA only.
+  //
+  // act(conv * scale + shift + residual), rounded once, and its mask (empty unless asked for).
+  m.def(
+      "conv_bn_act(Tensor x, Tensor? x_scale, Tensor? x_shift, bool x_relu, Tensor weight, int stride, Tensor? scale,"
+      " Tensor? shift, Tensor? residual, bool relu, bool save_mask) -> (Tensor out, Tensor mask)");
+  // conv, and mean and biased variance of its channels as it is stored.
+  m.def(
+      "conv_stats(Tensor x, Tensor? x_scale, Tensor? x_shift, bool x_relu, Tensor weight, int stride)"
+      " -> (Tensor out, Tensor mean, Tensor var)");
+  // Batch norms with running statistics folded into the convolutions in front of them, all in one launch:
+  // weight * s in channels_last and (bias - mean) * s + beta, s = gamma / sqrt(var + eps), in float64, rounded once to the
+  // dtype. Parameters share a dtype, which is that or float32; an empty bias, gamma or beta is none. CUDA only.
+  m.def(
+      "fold_batch_norms(Tensor[] weights, Tensor[] biases, Tensor[] gammas, Tensor[] betas, Tensor[] means, Tensor[] vars,"
+      " float[] eps, ScalarType dtype) -> (Tensor[] weights, Tensor[] biases)");
 }

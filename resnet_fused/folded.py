@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections import OrderedDict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from . import native
 
 MAX_PACKED_SHAPES = 4
 
@@ -46,13 +49,66 @@ def fold(conv: nn.Conv2d, bn: nn.Module | None, dtype: torch.dtype | None = None
     return folded, None if bias is None else bias.to(device, dtype)
 
 
-def is_foldable(conv: nn.Conv2d, bn: nn.Module, dtype: torch.dtype | None = None) -> bool:
-    """Whether folding creates no infinity or NaN: infinite statistics or a weight that overflows ``dtype`` would, and
-    sums of infinite products are NaN where the batch norm after the sum gives infinity or, with the ReLU, 0.
+Folded = tuple[Tensor, Tensor | None]
+
+
+def fold_all(pairs: Sequence[tuple[nn.Conv2d, nn.Module]], dtype: torch.dtype | None = None) -> list[Folded]:
+    """``fold`` of each pair; on a GPU those of one dtype in one launch of the CUDA extension, where it is loaded."""
+    found: list[Folded | None] = [None] * len(pairs)
+    if native.cuda_status() == "loaded":
+        groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+        for i, (conv, bn) in enumerate(pairs):
+            if conv.weight.is_cuda and _is_of_one_dtype(conv, bn, dtype):
+                groups.setdefault((conv.weight.device, conv.weight.dtype), []).append(i)
+        for (_, given), members in groups.items():
+            folded = fold_in_one_launch(torch.ops.resnet_fused, [pairs[i] for i in members], dtype or given)
+            for i, one in zip(members, folded, strict=True):
+                found[i] = one
+    return [fold(*pair, dtype) if one is None else one for pair, one in zip(pairs, found, strict=True)]
+
+
+def _is_of_one_dtype(conv: nn.Conv2d, bn: nn.Module, dtype: torch.dtype | None) -> bool:
+    """Whether the extension's kernel takes these: dense, of the dtype of the result or, for half precision, float32."""
+    weight = conv.weight
+    tensors = [conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var]
+    narrows = weight.dtype == torch.float32 and dtype in (torch.bfloat16, torch.float16)
+    is_known = weight.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    is_dense = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
+    return (
+        is_known
+        and (dtype in (None, weight.dtype) or narrows)
+        and is_dense
+        and all(t is None or (t.dtype == weight.dtype and t.device == weight.device) for t in tensors)
+    )
+
+
+def fold_in_one_launch(ops: Any, pairs: Sequence[tuple[nn.Conv2d, nn.Module]], dtype: torch.dtype) -> list[Folded]:
+    """``fold`` of pairs whose parameters share a device and a dtype, by the operators ``ops`` (csrc/ops.cpp)."""
+    none = pairs[0][0].weight.new_empty(0)
+
+    def parameters(tensors: Iterable[Tensor | None]) -> list[Tensor]:
+        return [none if t is None else t.detach().contiguous() for t in tensors]
+
+    folded = ops.fold_batch_norms(
+        [conv.weight.detach() for conv, _ in pairs],
+        parameters(conv.bias for conv, _ in pairs),
+        *(
+            parameters(getattr(bn, name) for _, bn in pairs)
+            for name in ("weight", "bias", "running_mean", "running_var")
+        ),
+        [bn.eps for _, bn in pairs],
+        dtype,
+    )
+    return list(zip(*folded, strict=True))
+
+
+def is_finite(conv: nn.Conv2d, folded: Folded) -> bool:
+    """Whether folding created no infinity or NaN: infinite statistics or a weight that overflows would, and sums of infinite
+    products are NaN where the batch norm after the sum gives infinity or, with the ReLU, 0.
     """
-    if conv.weight.device.type == "meta":
+    weight, bias = folded
+    if weight.device.type == "meta":
         return True
-    weight, bias = fold(conv, bn, dtype)
     return bool((weight.isfinite() | ~conv.weight.isfinite()).all() and (bias is None or bias.isfinite().all()))
 
 
@@ -93,13 +149,10 @@ class FoldedConv2d(nn.Module):
     weight: Tensor
     bias: Tensor | None
 
-    def __init__(
-        self, conv: nn.Conv2d, bn: nn.Module | None = None, relu: bool = False, dtype: torch.dtype | None = None
-    ):
+    def __init__(self, conv: nn.Conv2d, folded: Folded, relu: bool = False):
         super().__init__()
-        weight, bias = fold(conv, bn, dtype)
-        self.register_buffer("weight", weight)
-        self.register_buffer("bias", bias)
+        self.register_buffer("weight", folded[0])
+        self.register_buffer("bias", folded[1])
         self.stride, self.dilation = conv.stride, conv.dilation
         self.padding: tuple[int, ...] = conv.padding  # type: ignore[assignment]
         self.groups, self.relu, self.reuse_residual = conv.groups, relu, False

@@ -14,7 +14,7 @@ from torch.fx import Node
 from torch.nn import functional as F
 
 from . import dispatch
-from .folded import FoldedConv2d, is_foldable
+from .folded import Folded, FoldedConv2d, fold, fold_all, is_finite
 from .layers import BNAddReLU2d, BNReLU2d
 
 _RELUS = {F.relu, F.relu_, torch.relu, torch.relu_}
@@ -90,10 +90,15 @@ class Folder:
         self.order = {n: i for i, n in enumerate(graph.nodes)}
         self.calls = Counter(id(module) for module in self.modules.values())
         self.fresh: set[Node] = set()
+        self.folded: dict[Node, Folded] = {}
 
     def run(self) -> None:
         self._skip_identities()
-        for conv in [n for n, m in self.modules.items() if dispatch.conv_is_plain(m)]:
+        convs = [n for n, m in self.modules.items() if dispatch.conv_is_plain(m)]
+        norms = [(conv, found[0]) for conv in convs if (found := self._norm_behind(conv)) is not None]
+        pairs = [(self.modules[conv], self.modules[norm]) for conv, norm in norms]
+        self.folded = dict(zip((conv for conv, _ in norms), fold_all(pairs, self.dtype)))  # type: ignore[arg-type]
+        for conv in convs:
             self._replace(self._unit(conv))
         self._reuse_residuals()
         self.graph.lint()
@@ -145,6 +150,14 @@ class Folder:
             return {nn.ReLU: True, nn.Identity: False}.get(type(bn.act)) if bn.running_mean is not None else None
         return None
 
+    def _norm_behind(self, conv: Node) -> tuple[Node, bool] | None:
+        """The norm that a convolution can be folded with, the only one to read it, and whether that applies ReLU too."""
+        user = self._sole_user(conv)
+        relu = self._norm(self.modules.get(user)) if user is not None else None
+        if user is None or relu is None or user.args[0] is not conv or user.kwargs:
+            return None
+        return user, relu
+
     def _movable(self, nodes: set[Node], last: Node) -> bool:
         """Whether all of ``nodes`` may run at the place of ``last``: nothing in between changes a value in place."""
         low = min(self.order[n] for n in nodes)
@@ -171,17 +184,11 @@ class Folder:
                 setattr(unit, name, value)
             return True
 
-        user = self._sole_user(conv)
-        relu = self._norm(self.modules.get(user)) if user is not None else None
-        if (
-            user is not None
-            and relu is not None
-            and user.args[0] is conv
-            and not user.kwargs
-            and is_foldable(self.modules[conv], self.modules[user], self.dtype)  # type: ignore[arg-type]
-        ):
-            residual = user.args[1] if len(user.args) == 2 else None
-            if not extend(user, bn=self.modules[user], relu=relu, residual=residual):
+        found = self._norm_behind(conv)
+        if found is not None and is_finite(self.modules[conv], self.folded[conv]):  # type: ignore[arg-type]
+            norm, relu = found
+            added = norm.args[1] if len(norm.args) == 2 else None
+            if not extend(norm, bn=self.modules[norm], relu=relu, residual=added):
                 return unit
         if unit.relu:
             return unit
@@ -200,7 +207,8 @@ class Folder:
         conv = self.modules[unit.conv]
         pool = self._sole_user(unit.last) if unit.relu else None
         pool_first = pool is not None and self._is(pool, nn.MaxPool2d) and not self.modules[pool].return_indices
-        folded = FoldedConv2d(conv, unit.bn, unit.relu and not pool_first, self.dtype)  # type: ignore[arg-type]
+        weight_and_bias = fold(conv, None, self.dtype) if unit.bn is None else self.folded[unit.conv]  # type: ignore[arg-type]
+        folded = FoldedConv2d(conv, weight_and_bias, unit.relu and not pool_first)  # type: ignore[arg-type]
         target = str(unit.conv.target)
         if self.calls[id(conv)] > 1:
             target = f"{target}_{unit.conv.name}"

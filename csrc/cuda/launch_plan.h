@@ -23,6 +23,7 @@ constexpr int kResidentBlocks = 8;         // of a multiprocessor with 2048 thre
 constexpr int64_t kGridOfSums = 1024;    // some waves on the largest GPU; fixed, so that sums have the same bits on all
 constexpr int64_t kRowsAtLeast = 64;       // of a split: eight of each warp
 constexpr int64_t kOctetsAtLeast = 1024;   // of a split of planes: four of each thread
+constexpr int64_t kBlocksOfConv = 264;     // two for each multiprocessor of an H200
 constexpr int64_t kWindowsAtLeast = 4;     // of each thread in a split
 constexpr int64_t kRowsAtMost = 1 << 20;  // or octets: a block counts its elements in float32
 
@@ -57,6 +58,17 @@ inline LaunchPlan plan_channel_sums(
   const int64_t partials = splits * channels * values * accumulate_size;
   return {tiles, splits, kThreads, each, int64_t{kThreads} * values * accumulate_size,
           images * inner * channels * element_size * tensors + 2 * partials};
+}
+
+enum class ConvTileSize { k64x64, k128x64, k128x128 };
+
+// The tile of a convolution [rows, k]: the largest that still gives each multiprocessor of a large GPU work. The shape alone
+// decides, so that statistics, which are summed by tiles, have the same bits on all.
+inline ConvTileSize plan_conv(int64_t rows, int64_t k) {
+  const auto blocks = [=](int m, int n) { return plan::cut(rows, m) * plan::cut(k, n); };
+  if (k > 64 && blocks(128, 128) >= plan::kBlocksOfConv) return ConvTileSize::k128x128;
+  if (blocks(128, 64) >= plan::kBlocksOfConv) return ConvTileSize::k128x64;
+  return ConvTileSize::k64x64;
 }
 
 // Blocks of a kernel with a thread for each channel.

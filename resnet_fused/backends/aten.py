@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..statistics import merge_covariances
-from .kernels import Conv, Feedback, Kernels, Operand, Product, acc_dtype, filter_matrix
+from .kernels import Conv, Feedback, Gradient, Kernels, Operand, Pending, PendingGrad, Product, acc_dtype, filter_matrix
 
 _DEAD = 255  # a pooling winner whose ReLU stops the gradient
 _GRAM_ROWS = 1 << 15  # rows that are widened to float64 at a time
@@ -66,12 +66,22 @@ def _images(matrix: Tensor, like: Tensor) -> Tensor:
 
 
 class AtenKernels(Kernels):
-    """Formulas in plain PyTorch; half precision is computed in float32 and rounded once."""
+    """Formulas in plain PyTorch; half precision is computed in float32 and rounded once. What is pending is formed first."""
 
     name = "aten"
 
-    def fprop(self, x: Tensor, weight: Tensor, conv: Conv) -> Tensor:
-        return F.conv2d(x, weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
+    def applied(self, a: Operand) -> Tensor:
+        """An operand as a tensor."""
+        return self.bn_act(a.y, a.scale, a.shift, None, a.relu, False)[0] if isinstance(a, Pending) else a
+
+    def formed(self, dy: Gradient) -> Tensor:
+        """A gradient as a tensor."""
+        if not isinstance(dy, PendingGrad):
+            return dy
+        return self.bn_act_backward(dy.dz, dy.y, dy.mask, dy.mean, dy.mean, dy.mean, False, (dy.a, dy.b, dy.c))
+
+    def fprop(self, x: Operand, weight: Tensor, conv: Conv) -> Tensor:
+        return F.conv2d(self.applied(x), weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
 
     def _conv_backward(self, dy: Tensor, x: Tensor, weight: Tensor, conv: Conv, which: list[bool]) -> list[Tensor]:
         return torch.ops.aten.convolution_backward(
@@ -80,14 +90,14 @@ class AtenKernels(Kernels):
 
     def dgrad(
         self,
-        dy: Tensor,
+        dy: Gradient,
         x: Tensor,
         weight: Tensor,
         conv: Conv,
         residual: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        dx = self._conv_backward(dy, x, weight, conv, [True, False, False])[0].contiguous(
+        dx = self._conv_backward(self.formed(dy), x, weight, conv, [True, False, False])[0].contiguous(
             memory_format=torch.channels_last
         )
         if residual is None:
@@ -97,13 +107,17 @@ class AtenKernels(Kernels):
         self.mask_grad_add_(dx, residual, mask)
         return dx
 
-    def wgrad(self, dy: Tensor, x: Tensor, weight: Tensor, conv: Conv) -> Tensor:
+    def wgrad(self, dy: Gradient, x: Operand, weight: Tensor, conv: Conv) -> Tensor:
+        dy, x = self.formed(dy), self.applied(x)
         like = weight if weight.dtype == dy.dtype else torch.empty_like(weight, dtype=dy.dtype)
         return self._conv_backward(dy, x, like, conv, [False, True, False])[1]
 
     def gram(self, a: Operand, conv: Conv) -> tuple[Tensor, Tensor]:
-        matrix = rows(a, conv.stride)
-        count, mean, cov = 0, *(matrix.new_zeros(s, dtype=torch.float64) for s in (a.shape[1], (a.shape[1],) * 2))
+        matrix = rows(self.applied(a), conv.stride)
+        count, mean, cov = (
+            0,
+            *(matrix.new_zeros(s, dtype=torch.float64) for s in (matrix.shape[1], (matrix.shape[1],) * 2)),
+        )
         for part in matrix.split(_GRAM_ROWS):
             part = part.double()
             n, centre = part.shape[0], part.mean(0)
@@ -121,7 +135,7 @@ class AtenKernels(Kernels):
         channels = flagged.nonzero().flatten()
         if not len(channels):
             return mean, var
-        mean, var, matrix = mean.clone(), var.clone(), rows(a, conv.stride).double()
+        mean, var, matrix = mean.clone(), var.clone(), rows(self.applied(a), conv.stride).double()
         for some in channels.split(32):
             y = matrix @ filter_matrix(weight)[some].double().t()
             var[some], mean[some] = (t.to(mean.dtype) for t in torch.var_mean(y, 0, unbiased=False))
@@ -132,11 +146,11 @@ class AtenKernels(Kernels):
     ) -> tuple[Tensor, Tensor]:
         acc, z = shift.dtype, channel(shift)
         for p in products:
-            y = F.conv2d(p.a.to(acc), p.weight.to(acc), None, p.conv.stride)
+            y = F.conv2d(self.applied(p.a).to(acc), p.weight.to(acc), None, p.conv.stride)
             z = z + (y if p.scale is None else y * channel(p.scale))
         if residual is not None:
             z = z + residual
-        out = z.to(products[0].a.dtype).contiguous(memory_format=torch.channels_last)
+        out = z.to(products[0].weight.dtype).contiguous(memory_format=torch.channels_last)
         if relu:
             out = rectify(out)
         return out, pack_mask(~(out <= 0)) if save_mask else _no_mask(out)
@@ -155,7 +169,7 @@ class AtenKernels(Kernels):
         if feedback is None:
             da = dz @ weight.to(dtype)
         else:
-            centred = rows(feedback.a, conv.stride).to(dtype) - feedback.mean_a.to(dtype)
+            centred = rows(self.applied(feedback.a), conv.stride).to(dtype) - feedback.mean_a.to(dtype)
             da = (dz - feedback.mean_dz) @ weight.to(dtype) + centred @ feedback.coupling.to(dtype)
         da = _images(da, grad)
         if acc is None:
@@ -170,7 +184,7 @@ class AtenKernels(Kernels):
         dz = rows(grad if mask is None else self.mask_grad(grad, mask)).double()
         products = []
         for a, centre, conv in operands:
-            matrix = rows(a, conv.stride).double()
+            matrix = rows(self.applied(a), conv.stride).double()
             products.append(dz.t() @ (matrix if centre is None else matrix - centre))
         return products, dz.sum(0).to(acc_dtype(grad.dtype))
 

@@ -76,6 +76,11 @@ Operand = Tensor | Pending
 Gradient = Tensor | PendingGrad
 
 
+def source(a: Operand | Gradient) -> Tensor:
+    """The tensor behind what is read."""
+    return a.y if isinstance(a, (Pending, PendingGrad)) else a
+
+
 @dataclass(frozen=True)
 class Product:
     """One term of an output: ``scale ∘ conv(a, weight)``, a 1×1 convolution without groups or padding.

@@ -27,7 +27,9 @@ def _folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def _built(_folder: Path) -> Callable[[Path], Kernels]:
-    return functools.cache(lambda main: Kernels(built_once(_folder / main.stem, lambda folder: build(folder, main=main))))
+    return functools.cache(
+        lambda main: Kernels(built_once(_folder / main.stem, lambda folder: build(folder, main=main)))
+    )
 
 
 @pytest.fixture(scope="module")

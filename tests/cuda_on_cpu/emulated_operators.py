@@ -24,7 +24,9 @@ FLAGS = [
 def build_operators(folder: Path) -> Path:
     """A library with every launcher of csrc/cuda, and the schemas under a name of their own."""
     root = Path(torch.__file__).parent
-    include = [f"-isystem{path}" for path in (root / "include", root / "include" / "torch" / "csrc" / "api" / "include")]
+    include = [
+        f"-isystem{path}" for path in (root / "include", root / "include" / "torch" / "csrc" / "api" / "include")
+    ]
     launchers = [path for path in sorted(CUDA.glob("*.cu")) if path.stem != "support"]  # of the device itself
     library = folder / "operators.so"
 

@@ -79,7 +79,9 @@ def test_against_float64(cuda: EmulatedCuda, dtype, shape, layout):
         for i, (one, other, reference) in enumerate(zip(*each, strict=True)):
             # Sums may come out at about 0, and in float64 the reference is no better: there the terms give the scale.
             scale = 16 if dtype is torch.float64 else float(one.dim() == 1)
-            assert_as_accurate(one, other, reference, rows=shape[0] * shape[2] * shape[3], name=f"{name}[{i}]", scale=scale)
+            assert_as_accurate(
+                one, other, reference, rows=shape[0] * shape[2] * shape[3], name=f"{name}[{i}]", scale=scale
+            )
             assert one.stride() == other.stride(), name
 
 

@@ -55,8 +55,7 @@ struct ConvPrologue {
   bool relu;
 };
 
-// What is done to the sums, as in bn_act_kernel. Absent tensors are null; scale and shift [K] are there both or
-// neither.
+// What is done to the sums, as in bn_act_kernel. Absent tensors are null; scale and shift: [K].
 template <class T>
 struct ConvEpilogue {
   const float *scale, *shift;
@@ -221,6 +220,15 @@ __device__ __forceinline__ void moments_of_columns(const ConvSums<Tile>& sums, M
   }
 }
 
+// Of a vector that may be absent.
+__device__ __forceinline__ Octet<float> octet_or(const float* vector, int channel, int count, float otherwise) {
+  if (vector != nullptr) return Octet<float>::load(vector + channel, count, true);
+  Octet<float> same;
+#pragma unroll
+  for (int j = 0; j < kOctet; ++j) same.at[j] = otherwise;
+  return same;
+}
+
 // out[m, k] = act(Σ operand·filter · scale + shift [+ residual]), [N·P·Q, K], rounded once; mask: one bit for each
 // element, where it passes the gradient. The operand is x, or with kPending what the prologue makes of it, rounded as
 // if it had been stored, and 0 where a tap leaves the image. partials: count, mean and sum of squared deviations of
@@ -311,11 +319,9 @@ conv_kernel(const T* x, ConvPrologue prologue, const T* filter, T* out, ConvEpil
   float* const slab = reinterpret_cast<float*>(memory) + warp * kSlab;
   const int octet = lane % 4 * kOctet, channel = first_column + warp_column + octet;
   const int channels = channel < shape.k ? kOctet : 0;
-  Octet<float> scale, shift;
-  if (epilogue.scale != nullptr) {
-    scale = Octet<float>::load(epilogue.scale + channel, channels, true);
-    shift = Octet<float>::load(epilogue.shift + channel, channels, true);
-  }
+  const bool is_affine = epilogue.scale != nullptr || epilogue.shift != nullptr;
+  const auto scale = octet_or(epilogue.scale, channel, channels, 1.0f);
+  const auto shift = octet_or(epilogue.shift, channel, channels, 0.0f);
 #pragma unroll
   for (int i = 0; i < Tile::kWarpM / 16; ++i) {
     __syncwarp();
@@ -339,7 +345,7 @@ conv_kernel(const T* x, ConvPrologue prologue, const T* filter, T* out, ConvEpil
 #pragma unroll
         for (int j = 0; j < kOctet; ++j) {
           float value = sum.at[j];
-          if (epilogue.scale != nullptr) value = multiply_add(value, scale.at[j], shift.at[j]);
+          if (is_affine) value = multiply_add(value, scale.at[j], shift.at[j]);
           if (epilogue.residual != nullptr) value += r.at[j];
           z.at[j] = activated<T>(value, epilogue.relu, j, bits);
         }

@@ -27,13 +27,13 @@ from ..kernels import (
     PendingGrad,
     Product,
     is_pointwise,
+    source,
 )
 from . import bn, conv3x3, pool, tuning
 from . import products as pointwise
 from . import residual as residuals
 from .flagged import recompute_statistics as recompute_flagged
 from .launching import TF32_EPS, product_precision
-from .operands import source
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MOST_PIXELS = 2**31 - 2**16  # rows are counted in 32 bits, up to a tile beyond the last; elements in 64
@@ -83,16 +83,6 @@ class TritonKernels(AtenKernels):
             return Pending(y, scale, shift, relu)
         return super().operand(y, scale, shift, relu, keep_y)
 
-    def _applied(self, a: Operand) -> Tensor:
-        """For kernels that cannot apply an activation while loading."""
-        return self.bn_act(a.y, a.scale, a.shift, None, a.relu, False)[0] if isinstance(a, Pending) else a
-
-    def _formed(self, dy: Gradient) -> Tensor:
-        """The same of gradients."""
-        if not isinstance(dy, PendingGrad):
-            return dy
-        return self.bn_act_backward(dy.dz, dy.y, dy.mask, dy.mean, dy.mean, dy.mean, False, (dy.a, dy.b, dy.c))
-
     def _is_own_conv3x3(self, x: Tensor, weight: Tensor, conv: Conv) -> bool:
         return self.own_conv3x3 and takes(x) and conv3x3.supports(x, weight, conv)
 
@@ -103,7 +93,7 @@ class TritonKernels(AtenKernels):
             return pointwise.fprop(x, weight, conv, stats=False)[0]
         if self._is_own_conv3x3(source(x), weight, conv):
             return conv3x3.fprop(x, weight, stats=False)[0]
-        return super().fprop(self._applied(x), weight, conv)
+        return super().fprop(x, weight, conv)
 
     def fprop_stats(self, x: Operand, weight: Tensor, conv: Conv) -> tuple[Tensor, Tensor, Tensor]:
         found: tuple[Any, ...] | None = None
@@ -140,7 +130,7 @@ class TritonKernels(AtenKernels):
         mask: Tensor | None = None,
     ) -> Tensor:
         found = self._dgrad(dy, x, weight, conv, residual, mask)
-        return found[0] if found is not None else super().dgrad(self._formed(dy), x, weight, conv, residual, mask)
+        return found[0] if found is not None else super().dgrad(dy, x, weight, conv, residual, mask)
 
     def dgrad_below(self, dy: Gradient, weight: Tensor, conv: Conv, below: Below, want_activation: bool) -> NormGrad:
         found = self._dgrad(dy, below.y, weight, conv, below=below)
@@ -155,7 +145,7 @@ class TritonKernels(AtenKernels):
         like = weight if weight.dtype == source(dy).dtype else torch.empty_like(weight, dtype=source(dy).dtype)
         if takes(source(dy)) and self._is_own_conv3x3(source(x), like, conv):
             return conv3x3.wgrad(dy, x)
-        return super().wgrad(self._formed(dy), self._applied(x), weight, conv)
+        return super().wgrad(dy, x, weight, conv)
 
     def gradient(
         self,
@@ -187,7 +177,7 @@ class TritonKernels(AtenKernels):
         # Products that are not rounded need sums in float64; those of matrices have units of their own on server GPUs.
         if takes(source(a)) and _rounds_products(source(a)):
             return pointwise.gram(a, conv)
-        return super().gram(self._applied(a), conv)
+        return super().gram(a, conv)
 
     def gram_unit(self, x: Tensor) -> float:
         # Tensor cores truncate what they add, by up to two bits of float32; three products of TF32 for one lose as much.

@@ -1,16 +1,9 @@
-"""What the kernels read: activations as matrices of rows, some of them formed while they are loaded."""
+"""What the kernels read: activations as matrices of rows."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-from ..kernels import Gradient, Operand, Pending, PendingGrad
-
-
-def source(a: Operand | Gradient) -> Tensor:
-    """The tensor behind what is read."""
-    return a.y if isinstance(a, (Pending, PendingGrad)) else a
 
 
 def check_dense(x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..aten import AtenKernels, pack_mask
-from ..kernels import Below, Feedback, NormGrad, Pending, PendingGrad, Product
+from ..kernels import Below, NormGrad
 from . import configs, devices, tuning
 from .configs import Config
 from .dispatch import TritonKernels
@@ -70,20 +70,6 @@ class _Inputs:
             scale, shift = (self(name, made["mean"]) for name in ("scale", "shift"))
             made["index"] = _ATEN.bn_relu_maxpool(made["x"], scale, shift)[1]
         return made
-
-
-def _formed(value: Any) -> Any:
-    """``value`` with what is pending formed, as stock PyTorch has to."""
-    if isinstance(value, Pending):
-        return _ATEN.bn_act(value.y, value.scale, value.shift, None, value.relu, False)[0]
-    if isinstance(value, PendingGrad):
-        coefficients = value.a, value.b, value.c
-        return _ATEN.bn_act_backward(value.dz, value.y, value.mask, *(value.mean,) * 3, False, coefficients)
-    if isinstance(value, (tuple, list)):
-        return type(value)(map(_formed, value))
-    if isinstance(value, (Product, Feedback)):
-        return type(value)(**{name: _formed(field) for name, field in vars(value).items()})
-    return value
 
 
 def _passed(found: NormGrad, below: Below) -> tuple[Tensor, ...]:
@@ -168,9 +154,8 @@ class Trial:
     def _gold_and_stock(self) -> list[tuple[Tensor, Tensor]]:
         if self._references is None:
             with torch.backends.cudnn.flags(enabled=True, allow_tf32=False), torch.no_grad():
-                stock = self._answers(_ATEN, {name: _formed(value) for name, value in self.arguments.items()})
-                wide = map_tensors(_double, self.arguments)
-                gold = self._answers(_ATEN, {name: _formed(value) for name, value in wide.items()})
+                stock = self._answers(_ATEN, self.arguments)
+                gold = self._answers(_ATEN, map_tensors(_double, self.arguments))
             self._references = list(zip(gold, stock, strict=True))
         return self._references
 
