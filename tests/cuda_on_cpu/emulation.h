@@ -50,7 +50,7 @@ enum class Waits { kNothing, kBarrier, kWarp, kForever };  // kForever: the thre
 
 struct Fiber {
   ucontext_t context{};
-  std::unique_ptr<char[]> stack = std::make_unique<char[]>(kStackBytes);
+  std::unique_ptr<char[]> stack = std::make_unique_for_overwrite<char[]>(kStackBytes);
   dim3 index;
   Waits waits = Waits::kNothing;
   unsigned mask = 0;        // of the warp function it waits in
