@@ -270,24 +270,27 @@ def test_sizes(kernels, call, dtype, outputs, channels):
     check(kernels, call, Case(dtype, outputs, channels))
 
 
+WIDE_PARAMETERS = {"parameters": torch.float32, "filter": torch.float32}
 OPTIONS = [
-    {"wide": False},
-    {"training": False},
-    {"columns": 1},
-    {"columns": 5},
-    {"parameters": torch.float32, "filter": torch.float32},
-    {"parameters": torch.float32, "filter": torch.float32, "wide": False},
-    {"parameters": torch.float32, "wide": False, "training": False},
+    (scale_shift, {"wide": False}),
+    (scale_shift, {"parameters": torch.float32}),
+    (coefficients, {"training": False}),
+    (coefficients, {"parameters": torch.float32}),
+    (through_covariance, {"wide": False}),
+    (covariance_rows, {"training": False}),
+    (covariance_rows, {"columns": 1}),
+    (covariance_rows, WIDE_PARAMETERS),
+    (covariance_rows, {**WIDE_PARAMETERS, "wide": False, "columns": 5}),
+    (covariance_rows, {"parameters": torch.float32, "wide": False, "training": False}),
 ]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("call, options", OPTIONS, ids=lambda of: getattr(of, "__name__", str(of)))
 @pytest.mark.parametrize(
     "dtype",
     [torch.bfloat16, *(pytest.param(d, marks=pytest.mark.slow) for d in (torch.float32, torch.float16))],
     ids=name_of,
 )
-@pytest.mark.parametrize("call", CALLS[:4], ids=lambda call: call.__name__)
 def test_options(kernels, call, dtype, options):
     check(kernels, call, replace(Case(dtype, 20, 70), **options))
 
@@ -299,10 +302,10 @@ def test_nan_and_inf_go_where_the_formulas_send_them(kernels, call, dtype, train
     check(kernels, call, Case(dtype, 37, 40, poison=True, training=training))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16], ids=name_of)
 @every_kernel
 def test_the_order_does_not_count(kernels, call, dtype):
-    case = Case(dtype, 33, 70)
+    case = Case(dtype, 20, 70)
     found = [check(kernels, call, replace(case, seed=seed, columns=seed)) for seed in range(3)]
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other))
 
@@ -424,7 +427,7 @@ def test_planted_faults_are_seen(tmp_path, faults):
     faulty = Kernels(build(tmp_path, sources, MAIN, torch.bfloat16))
     for fault in faults:
         torch.manual_seed(0)
-        case = Case(torch.bfloat16, 50, 130, **dict(fault.options))
+        case = Case(torch.bfloat16, 20, 70, **dict(fault.options))
         try:
             wrong = faults_of(fault.call(faulty, case))
         except AssertionError as error:
