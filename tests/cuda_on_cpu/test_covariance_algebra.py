@@ -285,7 +285,7 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("call, options", OPTIONS, ids=lambda of: getattr(of, "__name__", str(of)))
+@pytest.mark.parametrize("call, options", OPTIONS, ids=lambda of: of.__name__ if callable(of) else " ".join(of))
 @pytest.mark.parametrize(
     "dtype",
     [torch.bfloat16, *(pytest.param(d, marks=pytest.mark.slow) for d in (torch.float32, torch.float16))],
