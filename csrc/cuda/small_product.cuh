@@ -10,7 +10,7 @@ namespace resnet_fused::cuda {
 constexpr int kTileRows = 16, kTileColumns = 32;  // a block's tile; thread t has column t % 32 of rows t / 32 and t / 32 + 8
 constexpr int kRowsApart = kThreads / kTileColumns, kRowsOfThread = kTileRows / kRowsApart;
 constexpr int kTileDepth = 64;  // of it in shared memory at a time
-constexpr int kBlocksOfProduct = 1;  // of a multiprocessor: grids have few blocks, and registers need not be saved for more
+constexpr int kBlocksOfProduct = 1;  // of a multiprocessor: grids have few, and need not save registers for more
 
 // kTileDepth by kWidth elements of an operand on their way to shared memory, by way of registers, where the next ones wait
 // while those in front are multiplied: there are hardly more blocks than multiprocessors, and nothing else to hide L2 behind.
