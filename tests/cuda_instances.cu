@@ -2,6 +2,7 @@
 // bfloat16 and float32.
 #include "channel_sums.cuh"
 #include "conv/implicit_gemm.cuh"
+#include "covariance.cuh"
 #include "elementwise.cuh"
 #include "fold.cuh"
 #include "pool.cuh"
@@ -52,6 +53,30 @@ void instances_of_fold(const void** at) {
 #endif
 }
 
+// D: of moments, U: of sums of products, P and W: of the parameters of norm and convolution.
+template <class T, class D, class U, class P, class W>
+void instances_of_covariance(const void** at) {
+  *at++ = reinterpret_cast<const void*>(through_covariance_kernel<T, double, D>);
+  *at++ = reinterpret_cast<const void*>(covariance_rows_kernel<T, D, U, P, W>);
+  *at++ = reinterpret_cast<const void*>(coupling_kernel<T, D>);
+  *at++ = reinterpret_cast<const void*>(coupling_shift_kernel<T>);
+  *at++ = reinterpret_cast<const void*>(scale_shift_kernel<D, P, Accumulate<T>>);
+  *at++ = reinterpret_cast<const void*>(scale_shift_kernel<Accumulate<T>, P, Accumulate<T>>);
+  *at++ = reinterpret_cast<const void*>(coefficients_kernel<Accumulate<T>, P>);
+}
+
+void instances_of_algebra(const void** at) {
+  instances_of_covariance<float, double, double, float, float>(at);
+  instances_of_covariance<BFloat16, float, float, float, float>(at + 7);
+#if defined(ALL_DTYPES)
+  instances_of_covariance<double, double, double, double, double>(at + 14);
+  instances_of_covariance<BFloat16, float, float, BFloat16, BFloat16>(at + 21);
+  instances_of_covariance<Half, float, double, float, float>(at + 28);
+  instances_of_covariance<Half, float, double, Half, Half>(at + 35);
+  instances_of_covariance<Half, float, double, float, Half>(at + 42);
+#endif
+}
+
 template <class T, class Tile>
 void instances_of_conv(const void** at) {
   *at++ = reinterpret_cast<const void*>(conv_kernel<T, 1, false, Tile>);
@@ -69,6 +94,7 @@ void instances_of_tensor_cores(const void** at) {
 
 void all_instances(const void** at) {
   instances_of_fold(at);
+  instances_of_algebra(at);
   instances_of_tensor_cores<BFloat16>(at);
   instances<float>(at);
   instances<BFloat16>(at);

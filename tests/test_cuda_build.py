@@ -26,7 +26,7 @@ CASES = [
     *(pytest.param(arch, True, marks=pytest.mark.slow) for arch in ("sm_80", "sm_90a", "sm_100")),
 ]
 # At 256 threads: four, three and two blocks of a multiprocessor, half of that for what is wide.
-MOST_REGISTERS = {"elementwise": 64, "sums": 80, "pool": 128, "conv": 160}
+MOST_REGISTERS = {"elementwise": 64, "sums": 80, "pool": 128, "product": 160, "conv": 160}
 _KERNEL = re.compile(
     r"Compiling entry function '(\S+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
     r".*?Used (\d+) registers",
@@ -44,7 +44,8 @@ class Compiled:
 
     @property
     def most_registers(self) -> int:
-        families = {"conv_kernel": "conv", "maxpool": "pool", "sums_of": "sums", "": "elementwise"}
+        families = {"conv_kernel": "conv", "maxpool": "pool", "sums_of": "sums"}
+        families |= {"covariance": "product", "coupling_kernel": "product", "": "elementwise"}
         family = next(name for part, name in families.items() if part in self.name)
         return MOST_REGISTERS[family] * (2 if self.is_wide else 1)
 
@@ -61,11 +62,12 @@ class Compiled:
     @property
     def is_scalar(self) -> bool:
         """One element a thread, or rows that begin anywhere."""
-        return self.is_ragged or "(resnet_fused::cuda::Taking)2" in self.name
+        narrow = re.search("finalise|fold_kernel|scale_shift|coefficients|covariance|coupling", self.name)
+        return self.is_ragged or narrow is not None or "(resnet_fused::cuda::Taking)2" in self.name
 
     @property
     def reads_vectors(self) -> bool:
-        return not (self.is_scalar or re.search("finalise|fold_kernel", self.name))
+        return not self.is_scalar
 
     @property
     def writes_vectors(self) -> bool:

@@ -40,6 +40,7 @@ def build(
     sources: dict[str, str] | None = None,
     main: Path = HERE / "kernels.cpp",
     only: torch.dtype | None = None,
+    optimise: bool = True,
 ) -> Path:
     """A library of the kernels; ``sources``: text that replaces a file of csrc/cuda; ``only``: of one dtype."""
     include = Path(torch.__file__).parent / "include"
@@ -56,7 +57,7 @@ def build(
     command = [
         compiler(),
         "-std=c++20",
-        "-O0" if only or sources else "-O1",
+        "-O0" if only or sources or not optimise else "-O1",
         "-g1",
         "-fPIC",
         "-shared",

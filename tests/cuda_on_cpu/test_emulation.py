@@ -167,10 +167,15 @@ def sanitized(dtype: str, *arguments: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.skipif(bool(SANITIZED), reason="runs inside itself otherwise")
 @pytest.mark.parametrize(
-    "dtype", ["bfloat16", *(pytest.param(d, marks=pytest.mark.slow) for d in ("float16", "float32", "float64"))]
+    "dtype, module",
+    [
+        ("bfloat16", "test_batch_norm.py"),
+        *(pytest.param(d, "test_batch_norm.py", marks=pytest.mark.slow) for d in ("float16", "float32", "float64")),
+        *(pytest.param(d, "test_covariance_algebra.py", marks=pytest.mark.slow) for d in ("bfloat16", "float32")),
+    ],
 )
-def test_sanitizers_find_nothing(dtype):
-    options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "test_batch_norm.py", "-k", dtype]
+def test_sanitizers_find_nothing(dtype, module):
+    options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", module, "-k", f"{dtype} and not planted"]
     found = sanitized(dtype, "-m", "pytest", *options)
     assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-3000:]
     assert " passed" in found.stdout
