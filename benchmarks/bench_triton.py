@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from resnet_fused import bench, info, models, networks, tune
 from resnet_fused.arguments import Parser, image_size, one_of, positive
 from resnet_fused.backends.aten import rows
-from resnet_fused.backends.kernels import Conv, Pending, PendingGrad
+from resnet_fused.backends.operands import Conv, Pending, PendingGrad
 from resnet_fused.console import UsageError, print_table, progress_bar, warn
 
 FAMILIES = {

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from resnet_fused.backends.kernels import Conv
+from resnet_fused.backends.operands import Conv
 from resnet_fused.networks import stock_model
 from resnet_fused.plans import choice, spec
 

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from . import backends, reference
+from .backends.algebra import moments_dtype
 from .backends.aten import unpack_mask
-from .backends.kernels import acc_dtype
+from .backends.operands import acc_dtype
 from .plans import chain as plan
 from .plans import chain_backward
 from .plans.choice import choose_plans
@@ -124,7 +125,7 @@ def _chain_fake(
         for unit in c.units:
             if unit.covariance and unit.training:
                 width = unit.weight.shape[1]
-                outputs.append(x.new_empty(width * (width + 3) // 2, dtype=plan.moments_dtype(x.dtype)))
+                outputs.append(x.new_empty(width * (width + 3) // 2, dtype=moments_dtype(x.dtype)))
         if c.tail == Tail.RELU_MAXPOOL:
             outputs.append(like(shape, torch.uint8))
         elif c.saves_mask:

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from resnet_fused import functional
-from resnet_fused.backends.kernels import Conv, Feedback, Kernels
+from resnet_fused.backends.kernels import Kernels
+from resnet_fused.backends.operands import Conv
 from resnet_fused.testing import max_error
 
 MEANS = (0.0, 1.0, 10.0, 60.0, 1000.0)
@@ -129,7 +130,7 @@ def check_constant(kernels: Kernels, dtype: torch.dtype, strided: bool) -> None:
     weight, coupling = (0.1 * torch.randn(k, c)).to(dtype), 0.1 * torch.randn(c, c)
     mean_a, mean_dz = rows_of_a.double().mean((0, 1, 2)), grad.double().mean((0, 2, 3))
     acc = torch.zeros_like(a) if strided else None
-    feedback = Feedback(a, mean_a.float(), coupling, mean_dz.float())
+    feedback = kernels.feedback_of(a, mean_a.float(), coupling, weight, mean_dz.float())
     found = kernels.dgrad_bn_act(grad, None, weight, conv, feedback, acc)
     found = found[:, :, :: conv.stride[0], :: conv.stride[1]].permute(0, 2, 3, 1)
     exact = (grad.permute(0, 2, 3, 1).double() - mean_dz) @ weight.double()

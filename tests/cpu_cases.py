@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from resnet_fused.backends.kernels import acc_dtype
+from resnet_fused.backends.operands import acc_dtype
 
 
 class Case:

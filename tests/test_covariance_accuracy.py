@@ -168,15 +168,12 @@ def test_a_missing_centre_of_the_data_gradient_is_found_out(
     assert_red(Case(mean=10, gradient_mean=10))
 
 
-def test_the_constant_of_unrounded_operands_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_constant_of_unrounded_operands_is_found_out(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half precision: the constant must cancel the mean of the product that is really formed."""
-    if "cpu" not in resnet_fused.available_backends():
-        pytest.skip("only the compiled products use the constant")
-    from resnet_fused.backends import cpu
+    right = statistics.coupling_shift
 
     def off_by_a_rounding(weight, mean_dz, coupling, mean_a):
-        return statistics.coupling_shift(weight.float() * (1 + 2.0**-9), mean_dz, coupling, mean_a)
+        return right(weight.float() * (1 + 2.0**-9), mean_dz, coupling, mean_a)
 
-    monkeypatch.setattr(cpu, "coupling_shift", off_by_a_rounding)
-    with resnet_fused.backend("cpu"):
-        assert_red(Case(gradient_mean=100), torch.bfloat16)
+    monkeypatch.setattr(statistics, "coupling_shift", off_by_a_rounding)
+    assert_red(Case(gradient_mean=100), torch.bfloat16)

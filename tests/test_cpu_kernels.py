@@ -14,7 +14,7 @@ from torch import Tensor
 from resnet_fused import native
 from resnet_fused.backends.aten import AtenKernels, pack_mask, unpack_mask
 from resnet_fused.backends.cpu import CpuKernels
-from resnet_fused.backends.kernels import acc_dtype
+from resnet_fused.backends.operands import acc_dtype
 from resnet_fused.testing import assert_as_accurate
 
 pytestmark = pytest.mark.skipif(not native.is_loaded(), reason=f"no compiled kernels: {native.status()}")

@@ -12,7 +12,8 @@ from .. import native
 from .aten import AtenKernels
 from .cpu import CpuKernels
 from .cuda import cuda_kernels
-from .kernels import Conv, Kernels, acc_dtype
+from .kernels import Kernels
+from .operands import Conv, acc_dtype
 
 __all__ = [
     "Conv",

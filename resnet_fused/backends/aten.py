@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..statistics import merge_covariances
-from .kernels import Conv, Feedback, Gradient, Kernels, Operand, Pending, PendingGrad, Product, acc_dtype, filter_matrix
+from .kernels import Kernels
+from .operands import Conv, Feedback, Gradient, Operand, Pending, PendingGrad, Product, acc_dtype, filter_matrix
 
 _DEAD = 255  # a pooling winner whose ReLU stops the gradient
 _GRAM_ROWS = 1 << 15  # rows that are widened to float64 at a time
@@ -168,9 +169,16 @@ class AtenKernels(Kernels):
         dz = rows(grad if mask is None else self.mask_grad(grad, mask)).to(dtype)
         if feedback is None:
             da = dz @ weight.to(dtype)
-        else:
-            centred = rows(self.applied(feedback.a), conv.stride).to(dtype) - feedback.mean_a.to(dtype)
+        elif feedback.low is None or feedback.shift is None:
+            centred = rows(self.applied(feedback.a), conv.stride).to(dtype) - feedback.mean_a
             da = (dz - feedback.mean_dz) @ weight.to(dtype) + centred @ feedback.coupling.to(dtype)
+        else:
+            coupling = feedback.coupling.to(dtype) + feedback.low
+            da = (
+                dz @ weight.to(dtype)
+                + rows(self.applied(feedback.a), conv.stride).to(dtype) @ coupling
+                + feedback.shift
+            )
         da = _images(da, grad)
         if acc is None:
             return da.to(grad.dtype)

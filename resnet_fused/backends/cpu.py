@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..statistics import coupling_shift, two_parts
-from .kernels import Conv, Feedback, Operand, Product, acc_dtype, filter_matrix, is_pointwise
 from .library import LibraryKernels
+from .operands import Conv, Feedback, Operand, Product, acc_dtype, filter_matrix, is_pointwise
 
 
 class CpuKernels(LibraryKernels):
@@ -83,11 +82,11 @@ class CpuKernels(LibraryKernels):
         a: Operand | None = None
         coupling = low = mean_dz = mean_a = shift = None
         if feedback is not None:
-            a, mean_dz, mean_a = feedback.a, feedback.mean_dz, feedback.mean_a
-            coupling, low = two_parts(feedback.coupling.t(), grad.dtype)
-            if low is not None:
-                summed = (coupling.to(mean_a.dtype) + low).t()
-                shift, mean_dz, mean_a = coupling_shift(weight, mean_dz, summed, mean_a), None, None
+            a, coupling, shift = feedback.a, feedback.coupling.t(), feedback.shift
+            if feedback.low is None:
+                mean_dz, mean_a = feedback.mean_dz, feedback.mean_a
+            else:
+                low = feedback.low.t()
         if acc is None:
             second = None if a is None or coupling is None else (a, mean_a, coupling, conv, None)
             return _pointwise(grad, mask, mean_dz, weight.t(), Conv(), second=second, low=low, shift=shift)[0]

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .kernels import Conv, Operand, Pending, Product, source
 from .library import LibraryKernels
+from .operands import Conv, Operand, Pending, Product, source
 
 _HALF = (torch.bfloat16, torch.float16)
 _OCTET = 8  # channels that a thread copies at once: 16 bytes

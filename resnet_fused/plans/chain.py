@@ -31,8 +31,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import statistics
-from ..backends.kernels import Kernels, Operand, Product, acc_dtype, filter_matrix
+from ..backends.algebra import moments_dtype
+from ..backends.kernels import Kernels
+from ..backends.operands import Operand, Product, acc_dtype, filter_matrix
 from .spec import Chain, Shortcut, Tail, Unit
 
 
@@ -47,18 +48,17 @@ class Norm:
     shift: Tensor
 
     @classmethod
-    def of(cls, unit: Unit, mean: Tensor, var: Tensor, acc: torch.dtype) -> Norm:
-        vectors = (mean, var, *statistics.scale_shift(mean, var, unit.bn_weight, unit.bn_bias, unit.eps))
-        return cls(*(v.to(acc) for v in vectors))
+    def of(cls, k: Kernels, unit: Unit, mean: Tensor, var: Tensor, acc: torch.dtype) -> Norm:
+        return cls(*k.norm_vectors(mean, var, unit.bn_weight, unit.bn_bias, unit.eps, acc))
 
     @classmethod
-    def running(cls, unit: Unit, acc: torch.dtype) -> Norm:
+    def running(cls, k: Kernels, unit: Unit, acc: torch.dtype) -> Norm:
         """Of a frozen unit; about the raw output, which lacks the convolution's bias."""
         assert unit.running_mean is not None and unit.running_var is not None
         mean = unit.running_mean.to(acc)
         if unit.conv_bias is not None:
             mean = mean - unit.conv_bias.to(acc)
-        return cls.of(unit, mean, unit.running_var.to(acc), acc)
+        return cls.of(k, unit, mean, unit.running_var.to(acc), acc)
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -84,11 +84,6 @@ def match_layout(t: Tensor, like: Tensor) -> Tensor:
     return channels_last(t) if is_channels_last else t.contiguous()
 
 
-def moments_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of ā and Cov: one in which W·Cov may cancel down to the precision of the activations."""
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else torch.float64
-
-
 class _Forward:
     """One forward pass: the norms so far, unit by unit, and what the backward will need."""
 
@@ -104,13 +99,17 @@ class _Forward:
         if unit.conv is None:
             assert isinstance(a, Tensor)
             y = a
-            norm = Norm.of(unit, *self.k.bn_stats(y), self.acc) if unit.training else Norm.running(unit, self.acc)
+            norm = (
+                Norm.of(self.k, unit, *self.k.bn_stats(y), self.acc)
+                if unit.training
+                else Norm.running(self.k, unit, self.acc)
+            )
         elif unit.training:
             y, mean, var = self.k.fprop_stats(a, weight_of(unit, self.x), unit.conv)
-            norm = Norm.of(unit, mean, var, self.acc)
+            norm = Norm.of(self.k, unit, mean, var, self.acc)
         else:
             y = channels_last(self.k.fprop(a, weight_of(unit, self.x), unit.conv))
-            norm = Norm.running(unit, self.acc)
+            norm = Norm.running(self.k, unit, self.acc)
         self.norms.append(norm)
         if self.save and unit.conv is not None:
             self.raw.append(y)
@@ -121,24 +120,24 @@ class _Forward:
         assert unit.conv is not None
         weight = weight_of(unit, self.x)
         if unit.training:
-            mean, cov = (t.to(moments_dtype(self.x.dtype)) for t in self.k.gram(a, unit.conv))
-            norm = Norm.of(unit, *self._through(a, unit, weight, mean, cov), self.acc)
-            if self.save:
-                self.moments.append(statistics.pack_moments(mean, cov))
+            norm = Norm.of(self.k, unit, *self._through(a, unit, weight), self.acc)
         else:
-            norm = Norm.running(unit, self.acc)
+            norm = Norm.running(self.k, unit, self.acc)
         self.norms.append(norm)
         return Product(a, weight, unit.conv, norm.scale), norm.shift
 
-    def _through(self, a: Operand, unit: Unit, weight: Tensor, mean: Tensor, cov: Tensor) -> tuple[Tensor, Tensor]:
+    def _through(self, a: Operand, unit: Unit, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance of the output that is never made; from the products where Cov cannot tell them."""
         assert unit.conv is not None
-        w = filter_matrix(weight).to(cov.dtype)
-        out_mean, out_var = statistics.through_covariance(w, mean, cov)
-        unit_roundoff = max(self.k.gram_unit(self.x), torch.finfo(cov.dtype).eps / 2)
-        limit = self.k.operand_eps(self.x) / 8
-        flagged = statistics.ill_conditioned(w, mean, cov, out_var, unit_roundoff, limit)
-        return self.k.recompute_statistics(a, weight, unit.conv, flagged, out_mean, out_var)
+        k, dtype = self.k, moments_dtype(self.x.dtype)
+        unit_roundoff = max(k.gram_unit(self.x), torch.finfo(dtype).eps / 2)
+        limit = k.operand_eps(self.x) / 8
+        mean, var, flagged, moments = k.through_covariance(
+            filter_matrix(weight), *k.gram(a, unit.conv), unit_roundoff, limit
+        )
+        if self.save:
+            self.moments.append(moments)
+        return k.recompute_statistics(a, weight, unit.conv, flagged, mean, var)
 
     def statistics(self) -> Tensor:
         return torch.stack([torch.cat([n.mean for n in self.norms]), torch.cat([n.var for n in self.norms])])

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import statistics
-from ..backends.kernels import Below, Conv, Feedback, Gradient, Kernels, NormGrad, Operand, filter_matrix
+from ..backends.algebra import NormGradients, RowGradients
+from ..backends.kernels import Kernels
+from ..backends.operands import Below, Conv, Feedback, Gradient, NormGrad, Operand, filter_matrix
 from .chain import Norm, channels_last, enter, match_layout, weight_of
 from .spec import Chain, Shortcut, Tail
 
@@ -35,22 +36,17 @@ class _Backward:
         found, *rest = saved
         widths = [unit.channels for unit in chain.units]
         self.norms = [
-            Norm.of(unit, mean, var, found.dtype)
+            Norm.of(k, unit, mean, var, found.dtype)
             for unit, mean, var in zip(chain.units, found[0].split(widths), found[1].split(widths), strict=True)
         ]
         outputs = iter(rest)
         # The raw output; x for a batch norm alone; None under the covariance plan, which has the input's moments instead.
         self.raw = [x if unit.conv is None else None if unit.covariance else next(outputs) for unit in chain.units]
-        self.moments = [
-            statistics.unpack_moments(next(outputs), unit.weight.shape[1])
-            if unit.covariance and unit.training
-            else None
-            for unit in chain.units
-        ]
+        self.moments = [next(outputs) if unit.covariance and unit.training else None for unit in chain.units]
         self.extra = next(outputs, None)
         self.offsets = [sum(len(u.parameters()) for u in chain.units[:i]) for i in range(len(chain.units))]
         self.gradients: list[Tensor | None] = [None] * len(needs.parameters)
-        self.feedback: dict[int, tuple[Tensor, Tensor]] = {}  # b and Σ dz of the units under the covariance plan
+        self.rows: dict[int, RowGradients] = {}  # of the units under the covariance plan
         self.filters: dict[int, Tensor] = {}
 
     def filter(self, i: int) -> Tensor:
@@ -74,17 +70,21 @@ class _Backward:
     def coefficients(self, i: int, sum_dz: Tensor, sum_dz_centred: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """(a, b, c) of unit ``i``; stores the gradients of its batch norm and of its convolution's bias."""
         unit, norm = self.chain.units[i], self.norms[i]
-        a, b, c, dweight = statistics.backward_coefficients(
-            sum_dz, sum_dz_centred, norm.rstd, norm.scale, count, unit.training
-        )
-        found = [dweight.to(unit.bn_weight.dtype), sum_dz.to(unit.bn_bias.dtype)]
+        dtype = unit.bn_weight.dtype
+        found = self.k.norm_gradients(sum_dz, sum_dz_centred, norm.rstd, norm.scale, count, unit.training, dtype)
+        self.store_norm(i, found, sum_dz)
+        return found[:3]
+
+    def store_norm(self, i: int, found: NormGradients, sum_dz: Tensor) -> None:
+        """The gradients of unit ``i``'s batch norm and of its convolution's bias."""
+        unit = self.chain.units[i]
+        gradients = [found.weight, found.bias]
         if unit.conv_bias is not None:
             # A bias in front of batch statistics cancels: its gradient is exactly zero (or NaN).
-            bias_grad = (b + c) * 0 if unit.training else norm.scale * sum_dz
-            found.insert(0, bias_grad.to(unit.conv_bias.dtype))
+            bias_grad = (found.b + found.c) * 0 if unit.training else found.a * sum_dz
+            gradients.insert(0, bias_grad.to(unit.conv_bias.dtype))
         first = self.offsets[i] + (unit.weight is not None)
-        self.gradients[first : first + len(found)] = found
-        return a, b, c
+        self.gradients[first : first + len(gradients)] = gradients
 
     def below(self, i: int) -> Below:
         """Unit ``i``'s batch norm and what follows it, seen from behind."""
@@ -123,39 +123,37 @@ class _Backward:
         triples = []
         for i, a in operands.items():
             moments = self.moments[i]
-            triples.append((a, None if moments is None else moments[0], self.conv(i)))
+            triples.append((a, None if moments is None else moments[: self.filter(i).shape[1]], self.conv(i)))
         products, sum_dz = self.k.wgrad_bn_act(grad, mask, triples)
         for i, t in zip(operands, products, strict=True):
-            # It becomes the gradient of two biases, which must not share memory.
-            self._through_product(i, t, sum_dz.clone(), _rows(grad))
+            self._through_product(i, t, sum_dz, _rows(grad))
 
     def _through_product(self, i: int, t: Tensor, sum_dz: Tensor, count: int) -> None:
-        unit, norm, moments = self.chain.units[i], self.norms[i], self.moments[i]
-        w = filter_matrix(self.filter(i)).to(t.dtype)
-        sum_dz_centred = (w * t).sum(1)
-        if moments is None:  # T is about 0, the norm about its running mean
-            sum_dz_centred = sum_dz_centred - norm.mean * sum_dz
-        a, b, _ = self.coefficients(i, sum_dz, sum_dz_centred.to(norm.mean.dtype), count)
-        self.feedback[i] = (b, sum_dz)
-        if self.wanted(i):
-            if moments is None:
-                dweight = a[:, None] * t
-            else:
-                dweight = statistics.weight_gradient(t, a, b, count, w, moments[1].to(w.dtype))
-            self.gradients[self.offsets[i]] = dweight.view(unit.weight.shape).to(unit.weight.dtype)
+        unit, norm = self.chain.units[i], self.norms[i]
+        found = self.rows[i] = self.k.row_gradients(
+            t,
+            filter_matrix(self.filter(i)),
+            self.moments[i],
+            sum_dz,
+            norm.mean,
+            norm.rstd,
+            norm.scale,
+            count,
+            unit.bn_weight.dtype,
+            unit.weight.dtype if self.wanted(i) else None,
+        )
+        self.store_norm(i, found.norm, sum_dz)
+        if found.weight is not None:
+            self.gradients[self.offsets[i]] = found.weight.view(unit.weight.shape)
 
-    def product(self, i: int, a: Operand | None, grad: Tensor) -> tuple[Tensor, Conv, Feedback | None]:
+    def product(self, i: int, a: Operand | None) -> tuple[Tensor, Conv, Feedback | None]:
         """``diag(a) W``, the convolution and the feedback of unit ``i`` under the covariance plan."""
-        norm, moments = self.norms[i], self.moments[i]
-        w = filter_matrix(self.filter(i)).to(norm.mean.dtype)
-        feedback = None
-        if moments is not None:
-            assert a is not None
-            (b, sum_dz), mean_a = self.feedback[i], moments[0]
-            # In the moments' dtype: where channels are correlated it cancels, and float32 would show in every pixel.
-            coupling = statistics.coupling(w.to(mean_a.dtype), b.to(mean_a.dtype)).to(w.dtype)
-            feedback = Feedback(a, mean_a.to(w.dtype), coupling, sum_dz / _rows(grad))
-        return (norm.scale[:, None] * w).to(grad.dtype), self.conv(i), feedback
+        weight, moments = filter_matrix(self.filter(i)), self.moments[i]
+        if moments is None:
+            scaled = self.rows[i].scaled if i in self.rows else self.k.scaled_filter(weight, self.norms[i].scale)
+            return scaled, self.conv(i), None
+        assert a is not None
+        return self.rows[i].scaled, self.conv(i), self.k.feedback(a, weight, moments, self.rows[i])
 
     def conv(self, i: int) -> Conv:
         conv = self.chain.units[i].conv
@@ -230,7 +228,7 @@ def backward(
         dy = walk.through_pool(last, grad) if pooled else walk.through_output(last, grad, mask)
         dx = walk.descend(last, dy, residual, residual_mask)
     elif walk.any_wanted_below(last):
-        weight, conv, feedback = walk.product(last, operands.pop(last, None), grad)
+        weight, conv, feedback = walk.product(last, operands.pop(last, None))
         below = x if last == 0 else walk.below(last - 1).y
         acc = None if conv.stride == (1, 1) else torch.zeros_like(below)
         if last == 0:
@@ -243,7 +241,7 @@ def backward(
 
     if has_projection and chain.units[projection].covariance:
         if needs.x:
-            k.dgrad_bn_act(grad, mask, *walk.product(projection, operands.get(projection), grad), dx)
+            k.dgrad_bn_act(grad, mask, *walk.product(projection, operands.get(projection)), dx)
     elif has_projection and (needs.x or walk.any_parameter_wanted(projection)):
         dy = walk.through_output(projection, grad, mask)
         if walk.wanted(projection):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-from ..backends.kernels import is_pointwise
+from ..backends.operands import is_pointwise
 from .spec import Chain, Shortcut, Tail, Unit
 
 ENVIRONMENT_VARIABLE = "RESNET_FUSED_COVARIANCE"

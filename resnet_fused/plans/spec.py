@@ -8,7 +8,7 @@ from enum import IntEnum
 
 from torch import Tensor
 
-from ..backends.kernels import Conv
+from ..backends.operands import Conv
 
 
 class Shortcut(IntEnum):

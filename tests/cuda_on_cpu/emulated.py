@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused.backends.aten import layout_of, memory_order
-from resnet_fused.backends.kernels import acc_dtype
+from resnet_fused.backends.operands import acc_dtype
 
 HERE = Path(__file__).resolve().parent
 CUDA = HERE.parents[1] / "csrc" / "cuda"

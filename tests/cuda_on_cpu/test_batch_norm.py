@@ -11,7 +11,7 @@ from emulated import DTYPES, LAYOUTS, Banded, Kernels, Run, banded, image, name_
 from torch import Tensor
 
 from resnet_fused.backends.aten import AtenKernels, memory_order, pack_mask
-from resnet_fused.backends.kernels import acc_dtype
+from resnet_fused.backends.operands import acc_dtype
 from resnet_fused.testing import assert_as_accurate
 
 ATEN = AtenKernels()

@@ -16,8 +16,8 @@ from emulated import CUDA, DTYPES, HERE, Banded, Kernels, banded, build, name_of
 from torch import Tensor
 
 from resnet_fused import statistics
-from resnet_fused.backends.kernels import acc_dtype
-from resnet_fused.plans.chain import moments_dtype
+from resnet_fused.backends.algebra import moments_dtype
+from resnet_fused.backends.operands import acc_dtype
 from resnet_fused.testing import assert_as_accurate
 
 MAIN = HERE / "covariance_kernels.cpp"

@@ -9,7 +9,7 @@ from emulated_operators import EmulatedCuda
 from torch import Tensor
 
 from resnet_fused.backends.aten import AtenKernels, pack_mask
-from resnet_fused.backends.kernels import acc_dtype
+from resnet_fused.backends.operands import acc_dtype
 from resnet_fused.testing import assert_as_accurate
 
 STOCK = AtenKernels()

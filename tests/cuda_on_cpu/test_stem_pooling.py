@@ -12,7 +12,7 @@ from emulated import CUDA, DTYPES, HERE, LAYOUTS, Banded, Kernels, build, image,
 from torch import Tensor
 
 from resnet_fused.backends.aten import AtenKernels
-from resnet_fused.backends.kernels import acc_dtype
+from resnet_fused.backends.operands import acc_dtype
 from resnet_fused.testing import assert_as_accurate
 
 ATEN = AtenKernels()

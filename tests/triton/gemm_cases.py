@@ -9,7 +9,7 @@ import torch
 from poison import guarded
 
 from resnet_fused.backends.aten import AtenKernels, pack_mask
-from resnet_fused.backends.kernels import Conv, Pending, PendingGrad
+from resnet_fused.backends.operands import Conv, Pending, PendingGrad
 
 ATEN = AtenKernels()
 NAN = float("nan")

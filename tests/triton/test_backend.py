@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import resnet_fused
 from resnet_fused import backends, networks
-from resnet_fused.backends.kernels import Conv, Pending, PendingGrad
+from resnet_fused.backends.operands import Conv, Pending, PendingGrad
 from resnet_fused.backends.triton import bn, conv3x3, pool, products
 from resnet_fused.backends.triton.dispatch import takes
 

@@ -16,7 +16,7 @@ from poison import guarded, poison_allocations
 from torch import Tensor
 from torch.nn import functional as F
 
-from resnet_fused.backends.kernels import Below, Conv, Operand, Pending, PendingGrad
+from resnet_fused.backends.operands import Below, Conv, Operand, Pending, PendingGrad
 from resnet_fused.backends.triton import conv3x3
 from resnet_fused.backends.triton.tuning import Config
 from resnet_fused.testing import assert_as_accurate

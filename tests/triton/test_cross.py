@@ -32,7 +32,7 @@ from triton import language as tl
 
 from resnet_fused import backends
 from resnet_fused.backends.aten import pack_mask, rows, unpack_mask
-from resnet_fused.backends.kernels import Below, Conv, Pending, Product, filter_matrix
+from resnet_fused.backends.operands import Below, Conv, Pending, Product, filter_matrix
 from resnet_fused.backends.triton import cross, cross_products, gemm, launching, products
 
 

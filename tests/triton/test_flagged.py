@@ -15,7 +15,7 @@ from triton import language as tl
 import resnet_fused
 from resnet_fused import backends
 from resnet_fused.backends.aten import rows
-from resnet_fused.backends.kernels import Conv, filter_matrix
+from resnet_fused.backends.operands import Conv, filter_matrix
 from resnet_fused.backends.triton import dispatch, flagged, launching
 from resnet_fused.testing import assert_as_accurate
 

@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from triton import language as tl
 
 from resnet_fused.backends.aten import pack_mask, rows
-from resnet_fused.backends.kernels import Below, Conv, Feedback, Product, filter_matrix
+from resnet_fused.backends.operands import Below, Conv, Product, filter_matrix
 from resnet_fused.backends.triton import gemm, language, products, residual
 from resnet_fused.backends.triton.launching import described
 from resnet_fused.backends.triton.tuning import Config
@@ -218,7 +218,7 @@ def check_dgrad_bn_act(dtype, widths, masked, feedback_kind, conv, below_kind=""
         a = operand(feedback_kind, dtype, c, size=size)
         mean_a, mean_dz = rows(formed(a), conv.stride).double().mean(0), rows(dz).double().mean(0)
         coupling = torch.randn(c, c) * 0.1
-        feedback = Feedback(a, mean_a.float(), coupling, mean_dz.float())
+        feedback = ATEN.feedback_of(a, mean_a.float(), coupling, w, mean_dz.float())
     acc = None if conv.stride == (1, 1) else images(dtype, c, size=size)
     before = None if acc is None else acc.clone()
     below = below_of(dtype, c, below_kind == "relu") if below_kind else None

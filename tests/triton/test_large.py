@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from triton.runtime import interpreter
 
 from resnet_fused.backends.aten import AtenKernels, pack_mask, rows
-from resnet_fused.backends.kernels import Conv, Pending
+from resnet_fused.backends.operands import Conv, Pending
 from resnet_fused.backends.triton import bn, conv3x3, cross_products, launching, pool, products, residual
 from resnet_fused.backends.triton.tuning import Config
 

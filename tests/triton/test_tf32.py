@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 import resnet_fused
-from resnet_fused.backends.kernels import Conv
+from resnet_fused.backends.operands import Conv
 from resnet_fused.backends.triton import configs, conv3x3, cross_products, devices, dispatch, launching, products, trial
 from resnet_fused.backends.triton.launching import product_precision
 from resnet_fused.workloads import workloads

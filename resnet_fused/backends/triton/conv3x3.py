@@ -17,7 +17,7 @@ from torch import Tensor
 from triton import language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..kernels import Below, Conv, Gradient, Operand, PendingGrad
+from ..operands import Below, Conv, Gradient, Operand, PendingGrad
 from .language import load_tile, load_vector, passes, rounded, store_tile, tile_moments
 from .launching import (
     described,

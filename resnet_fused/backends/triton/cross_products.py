@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from ...statistics import merge_products
-from ..kernels import Conv, Gradient, Operand, PendingGrad
+from ..operands import Conv, Gradient, Operand, PendingGrad
 from . import cross
 from .launching import (
     described,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..aten import AtenKernels
-from ..kernels import (
+from ..operands import (
     Below,
     Conv,
     Feedback,

@@ -8,7 +8,7 @@ import triton
 from torch import Tensor
 from triton import language as tl
 
-from ..kernels import Conv, Operand, filter_matrix
+from ..operands import Conv, Operand, filter_matrix
 from .gemm import product_of
 from .language import wide_moments
 from .launching import matrix, operand, options, output_shape, rows_of, split, strided

@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..kernels import Below, Conv, Gradient, Operand, Pending, PendingGrad
+from ..operands import Below, Conv, Gradient, Operand, Pending, PendingGrad
 from .devices import describe
 from .operands import check_dense
 from .tuning import Config

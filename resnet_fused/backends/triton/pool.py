@@ -8,7 +8,7 @@ import triton
 from torch import Tensor
 from triton import language as tl
 
-from ..kernels import Conv
+from ..operands import Conv
 from .bn import row_pitch, steps_of, tile_columns, tile_options
 from .configs import Config
 from .language import affine_in_centred, load_vector

@@ -14,8 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ...statistics import coupling_shift, two_parts
-from ..kernels import Below, Conv, Feedback, Gradient, Operand, PendingGrad, Product, filter_matrix
+from ..operands import Below, Conv, Feedback, Gradient, Operand, PendingGrad, Product, filter_matrix
 from . import gemm
 from .cross_products import gram, wgrad, wgrad_bn_act
 from .launching import (
@@ -188,12 +187,11 @@ def _dgrad(
     if feedback is not None:
         a, a_scale, a_shift, a_relu = operand(feedback.a)
         check("a", a, dz, dx.shape)
-        coupling, low = two_parts(feedback.coupling, dz.dtype)
-        coupling = matrix("coupling", coupling, dz, (c, c))
-        mean_dz, mean_a = vector(feedback.mean_dz), vector(feedback.mean_a)
-        if low is not None:
-            constant = coupling_shift(w, mean_dz, coupling.to(mean_a.dtype) + low, mean_a)
-            low, mean_dz, mean_a = low.contiguous(), None, None
+        coupling = matrix("coupling", feedback.coupling, dz, (c, c))
+        if feedback.low is None:
+            mean_dz, mean_a = vector(feedback.mean_dz), vector(feedback.mean_a)
+        else:
+            low, constant = matrix("low", feedback.low, dz, (c, c)), vector(feedback.shift)
     if residual is not None:
         check("residual", residual, dz, dx.shape)
     precision = product_precision(dz, exact=feedback is not None)

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from triton.runtime.jit import KernelInterface
 
-from ..kernels import Conv, Kernels, NormGrad, Operand
+from ..kernels import Kernels
+from ..operands import Conv, NormGrad, Operand
 from . import configs, devices, tuning
 from .dispatch import TritonKernels
 

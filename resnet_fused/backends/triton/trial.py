@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..aten import AtenKernels, pack_mask
-from ..kernels import Below, NormGrad
+from ..operands import Below, NormGrad
 from . import configs, devices, tuning
 from .configs import Config
 from .dispatch import TritonKernels
