@@ -86,4 +86,31 @@ RESNET_FUSED_DEFINE(RESNET_FUSED_NAMESPACE, m) {
   m.def(
       "fold_batch_norms(Tensor[] weights, Tensor[] biases, Tensor[] gammas, Tensor[] betas, Tensor[] means, Tensor[] vars,"
       " float[] eps, ScalarType dtype) -> (Tensor[] weights, Tensor[] biases)");
+  // The algebra around batch norms, in few launches (resnet_fused/backends/algebra.py has the same in formulas). Vectors are
+  // [K] or [C], filters [K, C] in the dtype of the activations. "acc" is the accumulation dtype, "moments" float32 for half
+  // precision and else float64. CUDA only.
+  //
+  // mean, var (acc or moments), gamma, beta (any) -> rstd, scale, shift in acc; and mean and var in it, or empty where they are.
+  m.def(
+      "norm_vectors(Tensor mean, Tensor var, Tensor gamma, Tensor beta, float eps, ScalarType acc)"
+      " -> (Tensor mean, Tensor var, Tensor rstd, Tensor scale, Tensor shift)");
+  // b, c in acc, and the gradients of gamma and beta in dtype.
+  m.def(
+      "norm_gradients(Tensor sum_dz, Tensor sum_dz_centred, Tensor rstd, Tensor scale, int count, bool training,"
+      " ScalarType dtype) -> (Tensor b, Tensor c, Tensor dgamma, Tensor dbeta)");
+  // mean [C] and cov [C, C] in float64 or moments -> mean and var of the outputs, bool where they cannot be trusted, and the
+  // moments packed [C (C + 3) / 2].
+  m.def(
+      "through_covariance(Tensor weight, Tensor mean, Tensor cov, float unit, float limit)"
+      " -> (Tensor mean, Tensor var, Tensor flagged, Tensor moments)");
+  // t [K, C]: dzᵀ (A - mean), without moments (frozen statistics) dzᵀ A. dweight: empty without weight_dtype.
+  m.def(
+      "row_gradients(Tensor t, Tensor weight, Tensor? moments, Tensor sum_dz, Tensor mean, Tensor rstd, Tensor scale,"
+      " int count, ScalarType norm_dtype, ScalarType? weight_dtype)"
+      " -> (Tensor b, Tensor c, Tensor dgamma, Tensor dbeta, Tensor mean_dz, Tensor scaled, Tensor dweight)");
+  // Wᵀ diag(b) W as it is multiplied; in half precision also what it was rounded by, and the constant -mean_dzᵀ scaled -
+  // mean_aᵀ (high + low) [C], else these are empty; and mean_a [C] in acc.
+  m.def(
+      "coupling(Tensor weight, Tensor b, Tensor moments, Tensor scaled, Tensor mean_dz)"
+      " -> (Tensor high, Tensor low, Tensor shift, Tensor mean_a)");
 }

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .algebra import NormGradients, RowGradients
 from .library import LibraryKernels
-from .operands import Conv, Operand, Pending, Product, source
+from .operands import Conv, Feedback, Operand, Pending, Product, acc_dtype, source
 
 _HALF = (torch.bfloat16, torch.float16)
 _OCTET = 8  # channels that a thread copies at once: 16 bytes
@@ -43,9 +44,76 @@ def convolves(x: Operand, weight: Tensor, conv: Conv) -> bool:
 
 
 class CudaKernels(LibraryKernels):
-    """Passes by csrc/cuda; convolutions and products as the ``aten`` backend has them: cuDNN's and cuBLAS's."""
+    """Passes and algebra by csrc/cuda; convolutions and products as the ``aten`` backend has them: cuDNN's and cuBLAS's."""
 
     name = "cuda"
+
+    def norm_vectors(
+        self, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        if weight.dtype != bias.dtype or not _are_of_one_kind(dtype, weight.dtype):
+            return super().norm_vectors(mean, var, weight, bias, eps, dtype)
+        rounded_mean, rounded_var, *vectors = self.ops.norm_vectors(
+            *map(_contiguous, (mean, var, weight, bias)), eps, dtype
+        )
+        return (mean, var, *vectors) if mean.dtype == dtype else (rounded_mean, rounded_var, *vectors)
+
+    def norm_gradients(
+        self,
+        sum_dz: Tensor,
+        sum_dz_centred: Tensor,
+        rstd: Tensor,
+        scale: Tensor,
+        count: int,
+        training: bool,
+        dtype: torch.dtype,
+    ) -> NormGradients:
+        if not _are_of_one_kind(sum_dz.dtype, dtype):
+            return super().norm_gradients(sum_dz, sum_dz_centred, rstd, scale, count, training, dtype)
+        found = self.ops.norm_gradients(sum_dz, sum_dz_centred, rstd, scale, count, training, dtype)
+        return NormGradients(scale, *found)
+
+    def through_covariance(
+        self, weight: Tensor, mean: Tensor, cov: Tensor, unit: float, limit: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.ops.through_covariance(*map(_contiguous, (weight, mean, cov)), unit, limit)
+
+    def row_gradients(
+        self,
+        t: Tensor,
+        weight: Tensor,
+        moments: Tensor | None,
+        sum_dz: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        scale: Tensor,
+        count: int,
+        norm_dtype: torch.dtype,
+        weight_dtype: torch.dtype | None,
+    ) -> RowGradients:
+        given = _contiguous(t), _contiguous(weight), moments, sum_dz, mean, rstd, scale, count
+        dtypes = {weight.dtype, acc_dtype(weight.dtype)}
+        wanted = weight_dtype or weight.dtype
+        if norm_dtype not in dtypes or wanted not in (weight.dtype, norm_dtype):
+            return super().row_gradients(*given, norm_dtype, weight_dtype)
+        *norm, mean_dz, scaled, dweight = self.ops.row_gradients(*given, norm_dtype, weight_dtype)
+        return RowGradients(NormGradients(scale, *norm), None if weight_dtype is None else dweight, scaled, mean_dz)
+
+    def feedback(self, a: Operand, weight: Tensor, moments: Tensor, rows: RowGradients) -> Feedback:
+        high, low, shift, mean_a = self.ops.coupling(
+            _contiguous(weight), rows.norm.b, moments, _contiguous(rows.scaled), rows.mean_dz
+        )
+        parts = (low, shift) if weight.dtype in _HALF else (None, None)
+        return Feedback(a, high, mean_a, rows.mean_dz, *parts)
+
+
+def _contiguous(t: Tensor) -> Tensor:
+    return t.contiguous()
+
+
+def _are_of_one_kind(acc: torch.dtype, parameters: torch.dtype) -> bool:
+    """Whether norms with such parameters have kernels: float64 throughout, or none of it."""
+    return (acc == torch.float64) == (parameters == torch.float64)
 
 
 class CudaConvolutionKernels(CudaKernels):
