@@ -80,7 +80,8 @@ class Compiled:
     @property
     def is_scalar(self) -> bool:
         """One element a thread, or rows that begin anywhere."""
-        return self.is_ragged or "(resnet_fused::cuda::Taking)2" in self.name
+        general = re.search(r"sums_of.*, false>\(", self.name)
+        return self.is_ragged or general is not None or "(resnet_fused::cuda::Taking)2" in self.name
 
     @property
     def reads_vectors(self) -> bool:
