@@ -10,8 +10,6 @@
 
 namespace resnet_fused::cuda {
 
-constexpr int kWarps = kThreads / kLanes;
-
 // Count, mean and sum of squared deviations: Welford, and Chan, Golub and LeVeque's merge.
 template <class A>
 struct Moments {

@@ -118,19 +118,14 @@ __device__ __forceinline__ A relu(A z) {
   return z <= A(0) ? A(0) : z;
 }
 
-// Where ReLU lets the gradient through: also at NaN.
-template <class A>
-__device__ __forceinline__ bool passes(A z) {
-  return !(z <= A(0));
-}
-
 // The largest number that is stored as 0: half the smallest subnormal, a tie that goes to even.
 template <class T>
 inline constexpr Accumulate<T> kStoredAsZero = std::is_same_v<T, BFloat16> ? 0x1p-134f
                                                : std::is_same_v<T, Half>   ? 0x1p-25f
                                                                            : 0.0f;
 
-// passes(rounded<T>(z)) without a conversion: those of single elements are slow, and neighbours are stored in pairs.
+// Where ReLU lets the gradient through: also at NaN. Of z as it is stored, without a conversion: those of single elements are
+// slow, and neighbours are stored in pairs.
 template <class T>
 __device__ __forceinline__ bool passes_as_stored(Accumulate<T> z) {
   return !(z <= kStoredAsZero<T>);

@@ -162,7 +162,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks) add_relu_kernel(const T* a,
 
 // out = (grad where mask, else 0) [+ out].
 template <class T, bool kAdd>
-__global__ void __launch_bounds__(kThreads, kBlocks) mask_grad_kernel(const T* grad, const uint8_t* mask, T* out, Elements e) {
+__global__ void __launch_bounds__(kThreads, kBlocks)
+mask_grad_kernel(const T* grad, const uint8_t* mask, T* out, Elements e) {
   const auto load = [&](int64_t o, int count, bool aligned) {
     Loaded<T> loaded;
     loaded.one = Packed<T>::load(grad + o * kOctet, count, aligned);

@@ -142,7 +142,7 @@ FAULTS = {
     "squares about another mean": (SUMS, "squares = square - sum * distance", "squares = square", splits),
     "off by one in the tail": (ELEMENTS, IN_TAIL, IN_TAIL.replace("(left)", "(left) - 1"), act),
     "written past the end": (ELEMENTS, IN_TAIL, "return left < 0 ? 0 : kOctet;", act),
-    "mask of what was not rounded": (ELEMENTS, BITS, "passes(z)) << j", rounding),
+    "mask of what was not rounded": (ELEMENTS, BITS, "!(z <= 0)) << j", rounding),
     "a tie does not go to even": (DEVICE, "0x1p-25f", "0x0.ffffffp-25f", rounding),
     "bits in reverse": (ELEMENTS, BITS, BITS.replace("<< j", "<< (7 - j)"), act),
     "channel not carried on": (DEVICE, "      offset -= inner;\n      ++channel;", "      offset -= inner;", backward),
