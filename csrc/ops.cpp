@@ -98,6 +98,11 @@ RESNET_FUSED_DEFINE(RESNET_FUSED_NAMESPACE, m) {
   m.def(
       "norm_gradients(Tensor sum_dz, Tensor sum_dz_centred, Tensor rstd, Tensor scale, int count, bool training,"
       " ScalarType dtype) -> (Tensor b, Tensor c, Tensor dgamma, Tensor dbeta)");
+  // running <- (1 - f) running + f batch for the mean, with a convolution's bias in it, and for correction times the variance;
+  // f is momentum, or 1 / batches, a cumulative average.
+  m.def(
+      "update_running_(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor var, Tensor? bias,"
+      " Tensor? batches, float momentum, float correction) -> ()");
   // mean [C] and cov [C, C] in float64 or moments -> mean and var of the outputs, bool where they cannot be trusted, and the
   // moments packed [C (C + 3) / 2].
   m.def(

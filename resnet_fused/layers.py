@@ -15,11 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import dispatch, operators
+from . import backends, dispatch, operators
 from .dispatch import Activation
 from .functional import check_values_per_channel
 from .plans.spec import Chain, Conv, Shortcut, Tail, Unit
-from .statistics import update_running
 
 ConvNorm = tuple[nn.Module, nn.Module]
 ConvNormAct = tuple[nn.Module, nn.Module, Activation]
@@ -73,17 +72,20 @@ def _fits(x: Tensor, units: Sequence[Unit], projection: Unit | None, dtype: torc
 def _update_statistics(bn: nn.BatchNorm2d, conv: nn.Conv2d | None, mean: Tensor, var: Tensor, count: int) -> None:
     """Running statistics and ``num_batches_tracked`` as ``nn.BatchNorm2d`` keeps them; ``var`` is biased."""
     with torch.no_grad():
-        if conv is not None and conv.bias is not None:
-            mean = mean + conv.bias
-        momentum: float | Tensor | None = bn.momentum
+        batches: Tensor | None = None
         if bn.num_batches_tracked is not None:
             bn.num_batches_tracked.add_(1)
-            if momentum is None:
-                momentum = bn.num_batches_tracked.double().reciprocal()
-        if momentum is None:
-            momentum = 0.0
-        update_running(bn.running_mean, mean, momentum)
-        update_running(bn.running_var, var, momentum, count / (count - 1))
+            batches = bn.num_batches_tracked if bn.momentum is None else None
+        backends.get(backends.choose(mean.device)).update_running(
+            bn.running_mean,
+            bn.running_var,
+            mean,
+            var,
+            None if conv is None else conv.bias,
+            bn.momentum or 0.0,
+            batches,
+            count / (count - 1),
+        )
 
 
 def _run_chain(

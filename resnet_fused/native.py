@@ -232,6 +232,7 @@ _FAKES = {
     "pointwise_add_": _nothing,
     "pointwise_wgrad": _pointwise_wgrad,
     "gram": _gram,
+    "update_running_": _nothing,
 }
 
 

@@ -9,11 +9,19 @@
 
 namespace resnet_fused::cuda {
 
+template <class T, class Pass>
+void instances_of_sums(const void** at) {
+  *at++ = reinterpret_cast<const void*>(sums_of_columns_kernel<T, Pass, true>);
+  *at++ = reinterpret_cast<const void*>(sums_of_columns_kernel<T, Pass, false>);
+  *at++ = reinterpret_cast<const void*>(sums_of_planes_kernel<T, Pass, true>);
+  *at++ = reinterpret_cast<const void*>(sums_of_planes_kernel<T, Pass, false>);
+}
+
 template <class T, Gate kGate>
 void instances_of_gate(const void** at) {
-  *at++ = reinterpret_cast<const void*>(bn_backward_kernel<T, kGate>);
-  *at++ = reinterpret_cast<const void*>(sums_of_columns_kernel<T, GradientPass<T, kGate, true>>);
-  *at++ = reinterpret_cast<const void*>(sums_of_planes_kernel<T, GradientPass<T, kGate, true>>);
+  *at++ = reinterpret_cast<const void*>(bn_backward_kernel<T, kGate, true>);
+  *at++ = reinterpret_cast<const void*>(bn_backward_kernel<T, kGate, false>);
+  instances_of_sums<T, GradientPass<T, kGate>>(at);
 }
 
 template <class T, Taking kTaking>
@@ -30,16 +38,17 @@ void instances(const void** at) {
   *at++ = reinterpret_cast<const void*>(add_relu_kernel<T>);
   *at++ = reinterpret_cast<const void*>(mask_grad_kernel<T, true>);
   *at++ = reinterpret_cast<const void*>(mask_grad_kernel<T, false>);
-  *at++ = reinterpret_cast<const void*>(sums_of_columns_kernel<T, StatisticsPass<T>>);
-  *at++ = reinterpret_cast<const void*>(sums_of_planes_kernel<T, StatisticsPass<T>>);
   *at++ = reinterpret_cast<const void*>(finalise_moments_kernel<Accumulate<T>>);
+  *at++ = reinterpret_cast<const void*>(join_moments_kernel<Accumulate<T>>);
   *at++ = reinterpret_cast<const void*>(finalise_sums_kernel<Accumulate<T>>);
-  instances_of_gate<T, Gate::kOpen>(at);
-  instances_of_gate<T, Gate::kMask>(at + 3);
-  instances_of_gate<T, Gate::kActivation>(at + 6);
-  instances_of_pool<T, Taking::kOctets>(at + 9);
-  instances_of_pool<T, Taking::kRagged>(at + 12);
-  instances_of_pool<T, Taking::kPlanes>(at + 15);
+  *at++ = reinterpret_cast<const void*>(update_running_kernel<Accumulate<T>, T>);
+  instances_of_sums<T, StatisticsPass<T>>(at);
+  instances_of_gate<T, Gate::kOpen>(at + 4);
+  instances_of_gate<T, Gate::kMask>(at + 10);
+  instances_of_gate<T, Gate::kActivation>(at + 16);
+  instances_of_pool<T, Taking::kOctets>(at + 22);
+  instances_of_pool<T, Taking::kRagged>(at + 25);
+  instances_of_pool<T, Taking::kPlanes>(at + 28);
 }
 
 void instances_of_fold(const void** at) {

@@ -111,6 +111,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_gradients(const Tensor& sum_dz, 
   return {b, c, dgamma, dbeta};
 }
 
+void update_running_(const Tensor& running_mean, const Tensor& running_var, const Tensor& mean, const Tensor& var,
+                     const Optional& bias, const Optional& batches, double momentum, double correction) {
+  const Tensors of{"update_running_", mean};
+  const i64 k = mean.numel();
+  const ScalarType acc = mean.scalar_type(), type = running_mean.scalar_type();
+  const void *of_mean = of.checked("mean", mean, acc, k), *of_var = of.checked("var", var, acc, k);
+  of.checked("running_mean", running_mean, type, k);
+  of.checked("running_var", running_var, type, k);
+  const void* of_bias = bias.has_value() ? of.checked("bias", *bias, type, k) : nullptr;
+  const void* counted = batches.has_value() ? of.checked("batches", *batches, ScalarType::Long, 1) : nullptr;
+  if (k == 0) return;
+  const Stream stream(of.op, mean);
+  typed(type, [&]<class R>() {
+    if (acc != acc_of(type)) no_kernel(of.op, acc, type);
+    stream.launch(update_running_kernel<Accumulate<R>, R>, channel_blocks(k), kThreads, of_mean, of_var, of_bias, counted,
+                  momentum, correction, k, address(running_mean), address(running_var));
+  });
+}
+
 // A filter's shape, checked.
 struct Filter {
   const void* weight;
@@ -234,6 +253,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> coupling(const Tensor& weight, const 
 STABLE_TORCH_LIBRARY_IMPL(RESNET_FUSED_NAMESPACE, RESNET_FUSED_KEY, m) {
   m.impl("norm_vectors", TORCH_BOX(&norm_vectors));
   m.impl("norm_gradients", TORCH_BOX(&norm_gradients));
+  m.impl("update_running_", TORCH_BOX(&update_running_));
   m.impl("through_covariance", TORCH_BOX(&through_covariance));
   m.impl("row_gradients", TORCH_BOX(&row_gradients));
   m.impl("coupling", TORCH_BOX(&coupling));

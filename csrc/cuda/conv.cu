@@ -2,11 +2,12 @@
 #include <tuple>
 
 #include "conv/implicit_gemm.cuh"
-#include "finalise.cuh"
 #include "launch.h"
 
 namespace resnet_fused::cuda {
 namespace {
+
+constexpr int kSplitsAtOnce = 128;  // that the last launch of statistics joins: four of each thread
 
 // A convolution's tensors, checked.
 struct Convolution {
@@ -128,11 +129,11 @@ std::tuple<Tensor, Tensor, Tensor> conv_stats(const Tensor& x, const Optional& x
     if (splits > kSplitsAtOnce) {
       const int groups = static_cast<int>(plan::cut(splits, kSplitsAtOnce));
       const Tensor joined = new_partials(groups);
-      stream.launch(join_moments_kernel<float>, dim3(blocks_of_finalise(out.c), groups), kThreads, address(partials),
+      stream.launch(join_moments_kernel<float>, dim3(blocks_of_join(out.c), groups), kThreads, address(partials),
                     splits, kSplitsAtOnce, out.c, address(joined));
       partials = joined, splits = groups;
     }
-    stream.launch(finalise_moments_kernel<float>, blocks_of_finalise(out.c), kThreads, address(partials), splits, out.c,
+    stream.launch(finalise_moments_kernel<float>, blocks_of_join(out.c), kThreads, address(partials), splits, out.c,
                   address(mean), address(var));
   });
   return {conv.out, mean, var};

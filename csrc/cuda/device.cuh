@@ -33,29 +33,52 @@ struct alignas(16) Bytes16 {
   uint32_t words[4];
 };
 
+// Eight elements as they are stored: in half precision half the registers of an octet.
+template <class T>
+struct Packed {
+  static constexpr int kPieces = kOctet * sizeof(T) / sizeof(Bytes16);
+  Bytes16 pieces[kPieces];
+
+  // count of them from p; others are 0. aligned: p is a multiple of 16 bytes.
+  static __device__ __forceinline__ Packed load(const T* p, int count, bool aligned) {
+    Packed packed;
+    if (aligned && count == kOctet) {
+#pragma unroll
+      for (int i = 0; i < kPieces; ++i) packed.pieces[i] = reinterpret_cast<const Bytes16*>(p)[i];
+    } else {
+      T values[kOctet];
+#pragma unroll
+      for (int j = 0; j < kOctet; ++j) values[j] = j < count ? p[j] : T(0);
+      memcpy(packed.pieces, values, sizeof(values));
+    }
+    return packed;
+  }
+};
+
 // Eight elements in the accumulation type.
 template <class T>
 struct Octet {
   Accumulate<T> at[kOctet];
 
-  // count of them from p; others are 0. aligned: p is a multiple of 16 bytes.
-  static __device__ __forceinline__ Octet load(const T* p, int count, bool aligned) {
+  static __device__ __forceinline__ Octet of(const Packed<T>& packed) {
+    T values[kOctet];
+    memcpy(values, packed.pieces, sizeof(values));
     Octet octet;
-    if (aligned && count == kOctet) {
-      constexpr int kLoads = kOctet * sizeof(T) / sizeof(Bytes16), kEach = sizeof(Bytes16) / sizeof(T);
 #pragma unroll
-      for (int i = 0; i < kLoads; ++i) {
-        const Bytes16 bytes = reinterpret_cast<const Bytes16*>(p)[i];
-        T values[kEach];
-        memcpy(values, &bytes, sizeof(bytes));
-#pragma unroll
-        for (int j = 0; j < kEach; ++j) octet.at[i * kEach + j] = static_cast<Accumulate<T>>(values[j]);
-      }
-    } else {
-#pragma unroll
-      for (int j = 0; j < kOctet; ++j) octet.at[j] = j < count ? static_cast<Accumulate<T>>(p[j]) : Accumulate<T>(0);
-    }
+    for (int j = 0; j < kOctet; ++j) octet.at[j] = static_cast<Accumulate<T>>(values[j]);
     return octet;
+  }
+
+  static __device__ __forceinline__ Octet filled(Accumulate<T> value) {
+    Octet octet;
+#pragma unroll
+    for (int j = 0; j < kOctet; ++j) octet.at[j] = value;
+    return octet;
+  }
+
+  // As Packed.
+  static __device__ __forceinline__ Octet load(const T* p, int count, bool aligned) {
+    return of(Packed<T>::load(p, count, aligned));
   }
 
   __device__ __forceinline__ void store(T* p, int count, bool aligned) const {
@@ -95,10 +118,17 @@ __device__ __forceinline__ A relu(A z) {
   return z <= A(0) ? A(0) : z;
 }
 
-// Where ReLU lets the gradient through: also at NaN.
-template <class A>
-__device__ __forceinline__ bool passes(A z) {
-  return !(z <= A(0));
+// The largest number that is stored as 0: half the smallest subnormal, a tie that goes to even.
+template <class T>
+inline constexpr Accumulate<T> kStoredAsZero = std::is_same_v<T, BFloat16> ? 0x1p-134f
+                                               : std::is_same_v<T, Half>   ? 0x1p-25f
+                                                                           : 0.0f;
+
+// Where ReLU lets the gradient through: also at NaN. Of z as it is stored, without a conversion: those of single elements are
+// slow, and neighbours are stored in pairs.
+template <class T>
+__device__ __forceinline__ bool passes_as_stored(Accumulate<T> z) {
+  return !(z <= kStoredAsZero<T>);
 }
 
 // Channels of neighbouring elements, from any element on; and then from ``stride`` elements further, without a division.
@@ -135,5 +165,26 @@ struct ChannelWalk {
 
   __device__ __forceinline__ void jump() { advance(jump_channels, jump_offset); }
 };
+
+// Elements of each tensor that a thread has under way at once: in half precision 64 bytes. What bandwidth times latency asks
+// of a multiprocessor is about 25 KiB: of four blocks 24 bytes a thread, of two 48.
+template <class T>
+inline constexpr int kInFlight = sizeof(T) > 4 ? 1 : 8 / sizeof(T);
+
+// finish(i, load(i)) for i = first, first + stride, … below end, so many loads under way at once.
+template <int kAtOnce, class Load, class Finish>
+__device__ __forceinline__ void in_batches(int64_t first, int64_t stride, int64_t end, Load load, Finish finish) {
+  for (int64_t i = first; i < end; i += kAtOnce * stride) {
+    decltype(load(i)) loaded[kAtOnce];
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      if (k == 0 || i + k * stride < end) loaded[k] = load(i + k * stride);
+    }
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      if (k == 0 || i + k * stride < end) finish(i + k * stride, loaded[k]);
+    }
+  }
+}
 
 }  // namespace resnet_fused::cuda

@@ -2,6 +2,8 @@
 // that runs kernels in the emulation of tests/cuda_on_cpu, on tensors of the processor.
 #pragma once
 
+#include <algorithm>
+
 #include "../arguments.h"
 #include "device.cuh"
 #include "launch_plan.h"
@@ -40,10 +42,13 @@ class Stream {
     check(cudaGetLastError());
   }
 
-  int multiprocessors() const {
-    int count = 0;
-    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device_));
-    return count;
+  // How many blocks of a kernel run at once.
+  template <class... Parameters>
+  i64 resident_blocks(void (*kernel)(Parameters...), int block) const {
+    int multiprocessors = 0, of_each = 0;
+    check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device_));
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&of_each, kernel, block, 0));
+    return i64{multiprocessors} * std::max(1, of_each);
   }
 
  private:
@@ -83,7 +88,10 @@ class Stream {
     emulation::launch(grid, block, ++seed, kernel, static_cast<Parameters>(arguments)...);
   }
 
-  int multiprocessors() const { return 2; }
+  template <class... Parameters>
+  i64 resident_blocks(void (*)(Parameters...), int) const {
+    return 4;
+  }
 };
 
 #endif

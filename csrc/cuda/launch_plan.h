@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <numeric>
 #include <utility>
 
 #include "sizes.h"
@@ -15,13 +16,14 @@ struct LaunchPlan {
   int64_t each;  // rows, or octets of planes, of a split; octets of a thread
   int64_t shared_bytes;
   int64_t bytes;  // that have to be read and written
+  bool whole;     // the kernels' kWhole or kSteady is true
+  int lanes;      // octets of a tile of channels, in sums of columns
 };
 
 namespace plan {
 
-constexpr int kResidentBlocks = 8;         // of a multiprocessor with 2048 threads
 constexpr int64_t kGridOfSums = 1024;    // some waves on the largest GPU; fixed, so that sums have the same bits on all
-constexpr int64_t kRowsAtLeast = 64;       // of a split: eight of each warp
+constexpr int64_t kRowsAtLeast = 8;        // of a thread
 constexpr int64_t kOctetsAtLeast = 1024;   // of a split of planes: four of each thread
 constexpr int64_t kBlocksOfConv = 264;     // two for each multiprocessor of an H200
 constexpr int64_t kWindowsAtLeast = 4;     // of each thread in a split
@@ -38,26 +40,36 @@ inline std::pair<int64_t, int64_t> split(int64_t rows, int64_t beside, int64_t a
 
 }  // namespace plan
 
-// Of a kernel that passes over count elements once, reading and writing so many tensors of them, and bits of masks.
-inline LaunchPlan plan_elementwise(int64_t count, int element_size, int tensors, int masks, int multiprocessors) {
-  const int64_t octets = plan::cut(count, kOctet), blocks = plan::cut(octets, kThreads);
-  const int64_t resident = int64_t{multiprocessors} * plan::kResidentBlocks;
-  const int64_t launched = std::max<int64_t>(1, std::min(blocks, resident));
-  return {launched, 1, kThreads, plan::cut(octets, launched * kThreads), 0,
-          count * element_size * tensors + octets * masks};
+// Of a kernel that passes over count elements once, reading and writing so many tensors of them, and bits of masks. aligned:
+// tensors and vectors begin at multiples of 16 bytes. resident: blocks that run at once, multiprocessors times the kernel's
+// blocks of each; more of them would only read the vectors again.
+inline LaunchPlan plan_elementwise(int64_t count, int64_t inner, int64_t channels, bool aligned, int element_size, int tensors,
+                                   int masks, int64_t resident) {
+  const int64_t octets = plan::cut(count, kOctet), blocks = std::max<int64_t>(1, plan::cut(octets, kThreads));
+  const int64_t bytes = count * element_size * tensors + octets * masks;
+  int64_t launched = std::min(blocks, resident);
+  bool whole = aligned && inner == 1 && channels % kOctet == 0;
+  if (whole && blocks > resident) {
+    const int64_t units = channels / kOctet, period = units / std::gcd<int64_t>(units, kThreads);
+    whole = period <= resident;
+    if (whole) launched -= launched % period;
+  }
+  return {launched, 1, kThreads, plan::cut(octets, launched * kThreads), 0, bytes, whole, 0};
 }
 
 // Of sums over the rows of each channel, so many values each: a matrix [rows, channels], or with inner > 1 planes.
 inline LaunchPlan plan_channel_sums(
-    int64_t images, int64_t inner, int64_t channels, bool channels_last, int element_size, int accumulate_size,
-    int tensors, int values) {
-  const int64_t tiles = channels_last ? plan::cut(channels, kLanes * kOctet) : channels;
+    int64_t images, int64_t inner, int64_t channels, bool channels_last, bool aligned, int element_size,
+    int accumulate_size, int tensors, int values) {
+  const int64_t units = plan::cut(channels, kOctet), tiles = channels_last ? plan::cut(units, kLanes) : channels;
+  const int64_t lanes = plan::cut(units, tiles), rows_at_least = plan::kRowsAtLeast * (kThreads / lanes);
   const auto [splits, each] = channels_last
-                                  ? plan::split(images * inner, tiles, plan::kRowsAtLeast)
+                                  ? plan::split(images * inner, tiles, rows_at_least)
                                   : plan::split(images * plan::cut(inner, kOctet), tiles, plan::kOctetsAtLeast);
   const int64_t partials = splits * channels * values * accumulate_size;
-  return {tiles, splits, kThreads, each, int64_t{kThreads} * values * accumulate_size,
-          images * inner * channels * element_size * tensors + 2 * partials};
+  return {tiles, splits, kThreads, each, int64_t{kThreads} * (channels_last ? kOctet : 1) * values * accumulate_size,
+          images * inner * channels * element_size * tensors + 2 * partials,
+          aligned && (channels_last ? channels : inner) % kOctet == 0, static_cast<int>(lanes)};
 }
 
 enum class ConvTileSize { k64x64, k128x64, k128x128 };
@@ -71,12 +83,11 @@ inline ConvTileSize plan_conv(int64_t rows, int64_t k) {
   return ConvTileSize::k64x64;
 }
 
-// Blocks of a kernel with a thread for each channel.
-inline unsigned blocks_of_channels(int64_t channels) { return static_cast<unsigned>(plan::cut(channels, kThreads)); }
+// Blocks of a kernel that joins splits of so many channels.
+inline unsigned blocks_of_join(int64_t channels) { return static_cast<unsigned>(plan::cut(channels, kChannelsOfJoin)); }
 
 // Blocks of a kernel that walks over so many windows' units of channels.
-inline int64_t plan_windows(int64_t units, int multiprocessors) {
-  const int64_t resident = int64_t{multiprocessors} * plan::kResidentBlocks;
+inline int64_t plan_windows(int64_t units, int64_t resident) {
   return std::max<int64_t>(1, std::min(plan::cut(units, kThreads), resident));
 }
 

@@ -73,4 +73,22 @@ coefficients_kernel(const A* sum_dz, const A* sum_dz_centred, const A* rstd, con
   to.store(k, Coefficients<A>(sum_dz[k], sum_dz_centred[k], rstd[k], scale[k], count, training), sum_dz[k]);
 }
 
+// running ← (1 − f)·running + f·batch of a norm's mean and of its variance, which is made unbiased by a correction M / (M − 1).
+// f is momentum, or with batches, the number of those seen, this one too, 1 / batches: a cumulative average. bias: of the
+// convolution in front, in the mean; or null. R: of the running statistics. In float64, rounded once. Grid: channel_blocks.
+template <class A, class R>
+__global__ void __launch_bounds__(kThreads)
+update_running_kernel(const A* mean, const A* var, const R* bias, const int64_t* batches, double momentum, double correction,
+                      int64_t channels, R* running_mean, R* running_var) {
+  const int64_t k = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (k >= channels) return;
+  const double factor = batches == nullptr ? momentum : 1.0 / static_cast<double>(*batches);
+  const auto updated = [=](R running, double batch) {
+    return static_cast<R>((1 - factor) * static_cast<double>(running) + factor * batch);
+  };
+  const double of_bias = bias == nullptr ? 0.0 : static_cast<double>(bias[k]);
+  running_mean[k] = updated(running_mean[k], mean[k] + of_bias);
+  running_var[k] = updated(running_var[k], var[k] * correction);
+}
+
 }  // namespace resnet_fused::cuda

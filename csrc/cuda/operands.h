@@ -8,10 +8,14 @@
 
 namespace resnet_fused::cuda {
 
-inline Elements elements_of(const Activations& t, std::initializer_list<const void*> tensors) {
+inline bool are_aligned(std::initializer_list<const void*> addresses) {
   bool aligned = true;
-  for (const void* p : tensors) aligned = aligned && is_aligned(p);
-  return {t.numel, narrow(t.op, "H * W", t.channels_last ? 1 : t.h * t.w), narrow(t.op, "C", t.c), aligned};
+  for (const void* p : addresses) aligned = aligned && is_aligned(p);
+  return aligned;
+}
+
+inline Elements elements_of(const Activations& t, std::initializer_list<const void*> tensors) {
+  return {t.numel, narrow(t.op, "H * W", t.channels_last ? 1 : t.h * t.w), narrow(t.op, "C", t.c), are_aligned(tensors)};
 }
 
 // What batch norm's backward reads of activations, in both of its passes.

@@ -1,21 +1,33 @@
 // CUDA operators that pass over activations once: batch norm with its activation, residual additions. Schemas and meaning:
 // ../ops.cpp.
 #include <tuple>
+#include <type_traits>
 
 #include "operands.h"
 
 namespace resnet_fused::cuda {
 namespace {
 
-// Runs a kernel that passes over the elements once, reading and writing so many tensors of them and bits of masks.
-template <class... Parameters, class... Arguments>
-void pass_over(const Activations& t, int tensors, int masks, const Elements& e, void (*kernel)(Parameters...),
-               const Arguments&... arguments) {
+// Runs a kernel that passes over the elements once, reading and writing so many tensors of them and bits of masks, with
+// vectors, unless there are none, at the addresses given. kernel(true or false) is the one for channels that a thread keeps,
+// or for any.
+template <class Kernel, class... Arguments>
+void pass_over(const Activations& t, int tensors, int masks, const Elements& e, std::initializer_list<const void*> vectors,
+               const Kernel& kernel, const Arguments&... arguments) {
   if (t.numel == 0) return;
   const Stream stream(t);
-  const LaunchPlan plan = plan_elementwise(
-      t.numel, static_cast<int>(t.element_size), tensors, masks, stream.multiprocessors());
-  stream.launch(kernel, static_cast<unsigned>(plan.blocks_x), plan.threads, arguments..., e);
+  const auto launch = [&](auto* chosen, const LaunchPlan& plan) {
+    stream.launch(chosen, static_cast<unsigned>(plan.blocks_x), plan.threads, arguments..., e);
+  };
+  const auto plan = [&](auto* chosen, bool aligned) {
+    return plan_elementwise(t.numel, e.inner, e.channels, aligned, static_cast<int>(t.element_size), tensors, masks,
+                            stream.resident_blocks(chosen, kThreads));
+  };
+  const auto steady = kernel(std::true_type()), general = kernel(std::false_type());
+  const bool aligned = e.aligned && are_aligned(vectors);
+  const LaunchPlan of_steady = plan(steady, aligned);
+  if (of_steady.whole) return launch(steady, of_steady);
+  launch(general, plan(general, false));
 }
 
 const void* optional_like(const Activations& t, const char* name, const Optional& other) {
@@ -30,8 +42,9 @@ void bn_act_into(const Activations& t, const Tensor& scale, const Tensor& shift,
   const void* other = optional_like(t, "residual", residual);
   const Elements e = elements_of(t, {x, other, address(out)});
   typed(t.scalar_type, [&]<class T>() {
-    const auto kernel = relu ? bn_act_kernel<T, true> : bn_act_kernel<T, false>;
-    pass_over(t, other ? 3 : 2, mask != nullptr, e, kernel, x, of_scale, of_shift, other, address(out), mask);
+    pass_over(t, other ? 3 : 2, mask != nullptr, e, {of_scale, of_shift},
+              [](auto steady) { return &bn_act_kernel<T, steady>; }, x, of_scale, of_shift, other, relu, address(out),
+              mask);
   });
 }
 
@@ -53,7 +66,8 @@ std::tuple<Tensor, Tensor> add_relu(const Tensor& a, const Tensor& b, bool save_
   const void *one = a.const_data_ptr(), *other = t.like("b", b);
   const Elements e = elements_of(t, {one, other, address(out)});
   typed(t.scalar_type, [&]<class T>() {
-    pass_over(t, 3, save_mask, e, add_relu_kernel<T>, one, other, address(out), mask_address(mask));
+    pass_over(t, 3, save_mask, e, {}, [](auto) { return &add_relu_kernel<T>; }, one, other, address(out),
+              mask_address(mask));
   });
   return {out, mask};
 }
@@ -62,8 +76,8 @@ void mask_grad_into(const Activations& t, const Tensor& grad, const Tensor& mask
   const void *from = t.like("grad", grad), *bits = t.mask("mask", mask);
   const Elements e = elements_of(t, {from, address(out)});
   typed(t.scalar_type, [&]<class T>() {
-    const auto kernel = add ? mask_grad_kernel<T, true> : mask_grad_kernel<T, false>;
-    pass_over(t, add ? 3 : 2, 1, e, kernel, from, bits, address(out));
+    const auto kernel = [=](auto) { return add ? &mask_grad_kernel<T, true> : &mask_grad_kernel<T, false>; };
+    pass_over(t, add ? 3 : 2, 1, e, {}, kernel, from, bits, address(out));
   });
 }
 
@@ -82,7 +96,8 @@ void backward_into(const BackwardArguments& from, const Tensor& a, const Tensor&
   const void *of_a = t.vector("a", a), *of_b = t.vector("b", b), *of_c = t.vector("c", c);
   const Elements e = elements_of(t, {from.grad, from.x, address(dx)});
   gated(from, [&]<class T, Gate kGate>() {
-    pass_over(t, 3, from.mask != nullptr, e, bn_backward_kernel<T, kGate>, from.grad, from.x, from.mask,
+    pass_over(t, 3, from.mask != nullptr, e, {from.mean, from.scale, from.shift, of_a, of_b, of_c},
+              [](auto steady) { return &bn_backward_kernel<T, kGate, steady>; }, from.grad, from.x, from.mask,
               from.norm<T>(), of_a, of_b, of_c, address(dx));
   });
 }

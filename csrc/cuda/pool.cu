@@ -25,9 +25,10 @@ void taken(const Activations& t, std::initializer_list<const void*> addresses, c
 }
 
 // Grid of a kernel that walks over all windows.
-template <Taking kTaking>
-unsigned blocks_of_windows(const Stream& stream, const Images& images) {
-  return static_cast<unsigned>(plan_windows(images.windows() * images.units<kTaking>(), stream.multiprocessors()));
+template <Taking kTaking, class Kernel>
+unsigned blocks_of_windows(const Stream& stream, const Images& images, Kernel* kernel) {
+  const i64 resident = stream.resident_blocks(kernel, kThreads);
+  return static_cast<unsigned>(plan_windows(images.windows() * images.units<kTaking>(), resident));
 }
 
 std::tuple<Tensor, Tensor> bn_relu_maxpool(const Tensor& x, const Tensor& scale, const Tensor& shift) {
@@ -38,8 +39,9 @@ std::tuple<Tensor, Tensor> bn_relu_maxpool(const Tensor& x, const Tensor& scale,
   const Stream stream(t);
   const Images images = images_of(t);
   taken(t, {from, of_scale, of_shift, address(out), address(index)}, [&]<class T, Taking kTaking>() {
-    stream.launch(bn_relu_maxpool_kernel<T, kTaking>, blocks_of_windows<kTaking>(stream, images), kThreads, from, of_scale,
-                  of_shift, address(out), address(index), images);
+    const auto kernel = &bn_relu_maxpool_kernel<T, kTaking>;
+    stream.launch(kernel, blocks_of_windows<kTaking>(stream, images, kernel), kThreads, from, of_scale, of_shift,
+                  address(out), address(index), images);
   });
   return {out, index};
 }
@@ -66,7 +68,7 @@ std::tuple<Tensor, Tensor> bn_relu_maxpool_backward_reduce(const Tensor& grad, c
     const dim3 grid(static_cast<unsigned>(plan.tiles), static_cast<unsigned>(plan.splits));
     stream.launch(bn_relu_maxpool_backward_reduce_kernel<T, kTaking>, grid, kThreads, of_grad, winners, from, of_mean,
                   address(partials), plan.each, plan.lanes, images);
-    stream.launch(finalise_sums_kernel<A>, blocks_of_channels(t.c), kThreads, address(partials), plan.splits, t.c,
+    stream.launch(finalise_sums_kernel<A>, blocks_of_join(t.c), kThreads, address(partials), plan.splits, t.c,
                   address(sum), address(centred));
   });
   return {sum, centred};
@@ -83,8 +85,8 @@ Tensor bn_relu_maxpool_backward(const Tensor& grad, const Tensor& index, const T
   const Stream stream(t);
   const Images images = images_of(t);
   taken(t, {of_grad, winners, from, of_mean, of_a, of_b, of_c, address(dx)}, [&]<class T, Taking kTaking>() {
-    stream.launch(bn_relu_maxpool_backward_kernel<T, kTaking>, blocks_of_windows<kTaking>(stream, images), kThreads,
-                  of_grad, winners, from, of_mean, of_a, of_b, of_c, address(dx), images);
+    const auto kernel = &bn_relu_maxpool_backward_kernel<T, kTaking>;
+    stream.launch(kernel, blocks_of_windows<kTaking>(stream, images, kernel), kThreads, of_grad, winners, from, of_mean, of_a, of_b, of_c, address(dx), images);
   });
   return dx;
 }

@@ -6,5 +6,6 @@ namespace resnet_fused::cuda {
 constexpr int kOctet = 8;      // elements that a thread takes at a time
 constexpr int kThreads = 256;  // of a block
 constexpr int kLanes = 32;     // of a warp
+constexpr int kChannelsOfJoin = 8;  // of a block that joins splits: 32 bytes of float32, the least that memory gives
 
 }  // namespace resnet_fused::cuda

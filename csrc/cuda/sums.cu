@@ -16,16 +16,25 @@ struct Partials {
 };
 
 template <class T, class Pass>
-Partials sum_rows(const Activations& t, const Stream& stream, const Pass& pass, int tensors, const Elements& e) {
+Partials sum_rows(const Activations& t, const Stream& stream, const Pass& pass, int tensors, const Elements& e,
+                  bool vectors_aligned) {
   constexpr int kValues = Pass::Sums::kValues;
-  const i64 inner = t.h * t.w;
-  const LaunchPlan plan = plan_channel_sums(t.n, inner, t.c, t.channels_last, static_cast<int>(t.element_size),
-                                            static_cast<int>(t.acc_size), tensors, kValues);
+  const LaunchPlan plan = plan_channel_sums(t.n, t.h * t.w, t.c, t.channels_last, e.aligned && vectors_aligned,
+                                            static_cast<int>(t.element_size), static_cast<int>(t.acc_size), tensors,
+                                            kValues);
   const i64 size = plan.blocks_y * kValues * t.c;
   const Partials partials{torch::stable::new_empty(t.x, {&size, 1}, t.acc_type), static_cast<int>(plan.blocks_y)};
-  const auto kernel = t.channels_last ? sums_of_columns_kernel<T, Pass> : sums_of_planes_kernel<T, Pass>;
   const dim3 grid(static_cast<unsigned>(plan.blocks_x), static_cast<unsigned>(plan.blocks_y));
-  stream.launch(kernel, grid, plan.threads, pass, address(partials.memory), t.channels_last ? t.rows() : t.n, plan.each, e);
+  const auto launch = [&]<bool kWhole>() {
+    void* const to = address(partials.memory);
+    if (t.channels_last) {
+      stream.launch(sums_of_columns_kernel<T, Pass, kWhole>, grid, plan.threads, pass, to, t.rows(), plan.each,
+                    plan.lanes, e);
+    } else {
+      stream.launch(sums_of_planes_kernel<T, Pass, kWhole>, grid, plan.threads, pass, to, t.n, plan.each, e);
+    }
+  };
+  plan.whole ? launch.template operator()<true>() : launch.template operator()<false>();
   return partials;
 }
 
@@ -40,9 +49,9 @@ std::tuple<Tensor, Tensor> bn_stats(const Tensor& x) {
   const Stream stream(t);
   typed(t.scalar_type, [&]<class T>() {
     const StatisticsPass<T> pass{static_cast<const T*>(x.const_data_ptr())};
-    const Partials partials = sum_rows<T>(t, stream, pass, 1, elements_of(t, {pass.x}));
-    stream.launch(finalise_moments_kernel<Accumulate<T>>, blocks_of_channels(t.c), kThreads, address(partials.memory),
-                  partials.splits, t.c, address(mean), address(var), Running<Accumulate<T>>{});
+    const Partials partials = sum_rows<T>(t, stream, pass, 1, elements_of(t, {pass.x}), true);
+    stream.launch(finalise_moments_kernel<Accumulate<T>>, blocks_of_join(t.c), kThreads, address(partials.memory),
+                  partials.splits, t.c, address(mean), address(var));
   });
   return {mean, var};
 }
@@ -64,13 +73,11 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_backward_reduce(const Tensor& grad, co
   void* const out = want_activation ? address(activation) : nullptr;
   const Elements e = elements_of(t, {from.grad, from.x, out});
   gated(from, [&]<class T, Gate kGate>() {
-    const auto run = [&]<bool kRelu>() {
-      const GradientPass<T, kGate, kRelu> pass{static_cast<const T*>(from.grad), static_cast<const T*>(from.x),
-                                               from.mask, from.norm<T>(), static_cast<T*>(out)};
-      return sum_rows<T>(t, stream, pass, want_activation ? 3 : 2, e);
-    };
-    const Partials partials = relu ? run.template operator()<true>() : run.template operator()<false>();
-    stream.launch(finalise_sums_kernel<Accumulate<T>>, blocks_of_channels(t.c), kThreads, address(partials.memory),
+    const GradientPass<T, kGate> pass{static_cast<const T*>(from.grad), static_cast<const T*>(from.x), from.mask,
+                                      from.norm<T>(), static_cast<T*>(out), relu};
+    const bool vectors_aligned = are_aligned({from.mean, from.scale, from.shift});
+    const Partials partials = sum_rows<T>(t, stream, pass, want_activation ? 3 : 2, e, vectors_aligned);
+    stream.launch(finalise_sums_kernel<Accumulate<T>>, blocks_of_join(t.c), kThreads, address(partials.memory),
                   partials.splits, t.c, address(sum), address(centred));
   });
   return {sum, centred, activation};

@@ -69,6 +69,26 @@ class Algebra:
         a, b, c, weight = statistics.backward_coefficients(sum_dz, sum_dz_centred, rstd, scale, count, training)
         return NormGradients(a, b, c, weight.to(dtype), sum_dz.to(dtype, copy=True))
 
+    def update_running(
+        self,
+        running_mean: Tensor,
+        running_var: Tensor,
+        mean: Tensor,
+        var: Tensor,
+        bias: Tensor | None,
+        momentum: float,
+        batches: Tensor | None,
+        correction: float,
+    ) -> None:
+        """``statistics.update_running`` of the mean, which ``bias`` is added to, and of ``correction·var``, in place.
+
+        Args:
+            batches (int64): how many were seen, this one too: the average is cumulative, and ``momentum`` does not count.
+        """
+        share = momentum if batches is None else batches.double().reciprocal()
+        statistics.update_running(running_mean, mean if bias is None else mean + bias, share)
+        statistics.update_running(running_var, var, share, correction)
+
     def through_covariance(
         self, weight: Tensor, mean: Tensor, cov: Tensor, unit: float, limit: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -73,6 +73,26 @@ class CudaKernels(LibraryKernels):
         found = self.ops.norm_gradients(sum_dz, sum_dz_centred, rstd, scale, count, training, dtype)
         return NormGradients(scale, *found)
 
+    def update_running(
+        self,
+        running_mean: Tensor,
+        running_var: Tensor,
+        mean: Tensor,
+        var: Tensor,
+        bias: Tensor | None,
+        momentum: float,
+        batches: Tensor | None,
+        correction: float,
+    ) -> None:
+        vectors = [running_mean, running_var, *([] if bias is None else [bias])]
+        fits = all(v.dtype == running_mean.dtype and v.is_contiguous() for v in vectors)
+        if not (fits and _are_of_one_kind(mean.dtype, running_mean.dtype)):
+            super().update_running(running_mean, running_var, mean, var, bias, momentum, batches, correction)
+            return
+        self.ops.update_running_(
+            running_mean, running_var, *map(_contiguous, (mean, var)), bias, batches, momentum, correction
+        )
+
     def through_covariance(
         self, weight: Tensor, mean: Tensor, cov: Tensor, unit: float, limit: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 from emulated import HERE, Kernels, build, built_once, compiler
-from emulated_operators import EmulatedCuda, build_operators, load
+from emulated_operators import EmulatedConvolutions, EmulatedCuda, build_operators, load
+
+from resnet_fused import backends
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -39,6 +41,17 @@ def kernels(request: pytest.FixtureRequest, _built: Callable[[Path], Kernels]) -
 
 
 @pytest.fixture(scope="session")
-def cuda(_folder: Path) -> EmulatedCuda:
+def _operators(_folder: Path) -> None:
+    load(built_once(_folder / "operators", build_operators))
+
+
+@pytest.fixture
+def cuda(_operators: None) -> EmulatedCuda:
     """The ``cuda`` backend, its launchers and kernels compiled for a processor, for tensors there."""
-    return load(built_once(_folder / "operators", build_operators))
+    return backends.get(EmulatedCuda.name)
+
+
+@pytest.fixture
+def cuda_convolutions(_operators: None) -> EmulatedConvolutions:
+    """The same with the extension's convolutions."""
+    return backends.get(EmulatedConvolutions.name)

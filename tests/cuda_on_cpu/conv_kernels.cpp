@@ -55,9 +55,9 @@ const char* conv(int dtype, Conv of, const void* x, const void* x_scale, const v
 
 const char* moments(int, const void* partials, int splits, int channels, void* mean, void* var) {
   return calls::guarded([&] {
-    emulation::launch((channels + kThreads - 1) / kThreads, kThreads, 1, finalise_moments_kernel<float>,
+    emulation::launch((channels + kChannelsOfJoin - 1) / kChannelsOfJoin, kThreads, 1, finalise_moments_kernel<float>,
                       static_cast<const float*>(partials), splits, int64_t{channels}, static_cast<float*>(mean),
-                      static_cast<float*>(var), Running<float>{nullptr, nullptr, nullptr, 0.0});
+                      static_cast<float*>(var));
   });
 }
 }

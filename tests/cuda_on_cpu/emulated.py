@@ -92,7 +92,13 @@ class Shape(ctypes.Structure):
 
 
 class Run(ctypes.Structure):
-    _fields_ = [("blocks", ctypes.c_int), ("splits", ctypes.c_int), ("seed", ctypes.c_uint)]
+    _fields_ = [
+        ("blocks", ctypes.c_int),
+        ("splits", ctypes.c_int),
+        ("seed", ctypes.c_uint),
+        ("general", ctypes.c_int),
+        ("idle", ctypes.c_int),
+    ]
 
 
 class Banded:

@@ -11,11 +11,11 @@ import torch
 from emulated import CUDA, HERE, compiler
 
 from resnet_fused import backends
-from resnet_fused.backends.cuda import CudaKernels
+from resnet_fused.backends.cuda import CudaConvolutionKernels, CudaKernels
 
 NAMESPACE = "resnet_fused_emulated"
 FLAGS = [
-    *("-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"),
+    *("-std=c++20", "-O0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"),
     *("-Wno-unknown-pragmas", "-Wno-clobbered", "-x", "c++", "-include", str(HERE / "emulation.h"), f"-I{CUDA}"),
     *(f"-DRESNET_FUSED_NAMESPACE={NAMESPACE}", "-DRESNET_FUSED_KEY=CPU", "-DTORCH_TARGET_VERSION=0x020a000000000000"),
 ]
@@ -51,8 +51,29 @@ class EmulatedCuda(CudaKernels):
         self.ops: Any = getattr(torch.ops, NAMESPACE)
 
 
-def load(library: Path) -> EmulatedCuda:
+class EmulatedConvolutions(EmulatedCuda, CudaConvolutionKernels):
+    """As where Triton is missing."""
+
+    name = "cuda_emulated_without_triton"
+
+
+WITH_TRITON = "cuda_emulated_with_triton"
+
+
+def load(library: Path) -> None:
+    """Registers the backends; that with Triton's products where Triton's interpreter runs."""
     torch.ops.load_library(str(library))
-    backend = EmulatedCuda()
-    backends._KERNELS[backend.name] = backend
-    return backend
+    made: list[EmulatedCuda] = [EmulatedCuda(), EmulatedConvolutions()]
+    if "triton" in backends.available_backends():
+        from resnet_fused.backends.triton.dispatch import TritonKernels
+
+        class EmulatedWithTriton(EmulatedCuda, TritonKernels):
+            name = WITH_TRITON
+
+            def __init__(self) -> None:
+                EmulatedCuda.__init__(self)
+                TritonKernels.__init__(self, own_conv3x3=False)
+
+        made.append(EmulatedWithTriton())
+    for backend in made:
+        backends._KERNELS[backend.name] = backend

@@ -46,7 +46,7 @@ struct Call {
     emulation::launch(grid, kThreads, run.seed, bn_relu_maxpool_backward_reduce_kernel<T, kTaking>,
                       static_cast<const T*>(grad), index, static_cast<const T*>(x), static_cast<const A*>(mean),
                       static_cast<A*>(partials), of_split, run.lanes, images);
-    emulation::launch((channels + kThreads - 1) / kThreads, kThreads, run.seed, finalise_sums_kernel<A>,
+    emulation::launch((channels + kChannelsOfJoin - 1) / kChannelsOfJoin, kThreads, run.seed, finalise_sums_kernel<A>,
                       static_cast<const A*>(partials), run.splits, channels, static_cast<A*>(sum),
                       static_cast<A*>(centred));
   }

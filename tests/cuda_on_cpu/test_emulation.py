@@ -71,7 +71,7 @@ def stats(kernels: Kernels, layout: torch.memory_format = LAST) -> None:
 
 
 def reduce(kernels: Kernels, layout: torch.memory_format = LAST) -> None:
-    batch_norm.test_bn_backward_reduce(kernels, FP32, (2, 40, 5, 7), layout, "mask")
+    batch_norm.check_bn_backward_reduce(kernels, FP32, (2, 40, 5, 7), layout, "mask")
 
 
 def act(kernels: Kernels) -> None:
@@ -79,7 +79,7 @@ def act(kernels: Kernels) -> None:
 
 
 def backward(kernels: Kernels) -> None:
-    batch_norm.test_bn_backward(kernels, FP32, (2, 3, 5, 7), PLANES, "mask")
+    batch_norm.check_bn_backward(kernels, FP32, (2, 3, 5, 7), PLANES, "mask")
 
 
 def frozen(kernels: Kernels) -> None:
@@ -88,6 +88,22 @@ def frozen(kernels: Kernels) -> None:
 
 def rounding(kernels: Kernels) -> None:
     batch_norm.test_the_mask_is_of_what_is_stored(kernels, torch.float16)
+
+
+def steady(kernels: Kernels) -> None:
+    batch_norm.test_both_forms_of_elementwise_kernels_agree(kernels, FP32, (2, 24, 31, 29), 4, 2)
+
+
+def steady_sums(kernels: Kernels) -> None:
+    batch_norm.test_both_forms_of_sums_agree(kernels, FP32, (1, 264, 11, 13), 1, 3)
+
+
+def several_octets(kernels: Kernels) -> None:
+    batch_norm.test_several_octets_and_a_tail_without_vectors(kernels, FP32, 0)
+
+
+def splits(kernels: Kernels) -> None:
+    batch_norm.test_many_splits_some_of_them_empty(kernels, FP32)
 
 
 def long(kernels: Kernels) -> None:
@@ -103,29 +119,39 @@ def reduce_planes(kernels: Kernels) -> None:
 
 
 IN_TAIL = "return left < kOctet ? static_cast<int>(left) : kOctet;"
-PLANE_TAIL = "left < kOctet ? static_cast<int>(left) : kOctet"
-BITS = "passes(z)) << j"
-SUMS, ELEMENTS, DEVICE = "channel_sums.cuh", "elementwise.cuh", "device.cuh"
+PLANE_TAIL = "return kWhole || left > kOctet ? kOctet : left;"
+BITS = "passes_as_stored<T>(z)) << j"
+TREE = "    const int half = (height + 1) / 2;\n    __syncthreads();"
+OF_PLANES = "half = kThreads / 2; half > 0; half /= 2) {\n    __syncthreads();"
+OF_JOIN = "half = kRows / 2; half > 0; half /= 2) {\n      __syncthreads();"
+SUMS, ELEMENTS, DEVICE, PLAN = "channel_sums.cuh", "elementwise.cuh", "device.cuh", "launch_plan.h"
 FAULTS = {
-    "missing barrier": (SUMS, "= sums[j];\n    __syncthreads();", "= sums[j];", stats),
-    "missing second barrier": (SUMS, "      }\n    }\n    __syncthreads();\n", "      }\n    }\n", stats),
-    "missing barrier of planes": (SUMS, "half /= 2) {\n    __syncthreads();", "half /= 2) {", stats_of_planes),
-    "last rows dropped": (SUMS, "row < end; row", "row + kWarps < end; row", stats),
+    "missing barrier": (SUMS, TREE, TREE.replace("    __syncthreads();", ""), stats),
+    "missing second barrier": (SUMS, "height = half;\n  }\n  __syncthreads();\n", "height = half;\n  }\n", stats),
+    "missing barrier of planes": (SUMS, OF_PLANES, OF_PLANES.replace("__syncthreads();", ""), stats_of_planes),
+    "missing barrier of the join": (SUMS, OF_JOIN, OF_JOIN.replace("__syncthreads();", ""), splits),
+    "last rows dropped": (SUMS, "begin + row, rows_at_once, end,", "begin + row, rows_at_once, end - rows_at_once,", stats),
     "a row too many": (SUMS, "begin + rows_of_split : rows", "begin + rows_of_split + 1 : rows", stats),
-    "last warp left out": (SUMS, "w < kWarps; ++w", "w < kWarps - 1; ++w", stats),
-    "tail of a plane": (SUMS, PLANE_TAIL + ", channel", "left < 0 ? 0 : kOctet, channel", reduce_planes),
-    "bit of the wrong element": (SUMS, "mask[i / 8] >> (i % 8)", "mask[i / 8] >> (j % 8)", reduce_planes),
-    "biased running variance": (SUMS, "total.square / (total.count - 1)", "total.square / total.count", stats),
+    "last row left out": (SUMS, "i < (height - half) * width", "i < (height - half) * width - lanes", stats),
+    "channels beyond the last": (SUMS, " && tile + thread < e.channels", "", steady_sums),
+    "tail of a plane": (SUMS, PLANE_TAIL, "return left < 0 ? 0 : kOctet;", reduce_planes),
+    "bit of the wrong element": (SUMS, "mask[first / 8] >> skipped", "mask[first / 8]", reduce_planes),
+    "bits of the second byte": (SUMS, "skipped + count > 8", "skipped + count > 16", reduce_planes),
     "merge forgets the means": (SUMS, "other.square + delta * delta * count * share", "other.square", stats),
+    "squares about another mean": (SUMS, "squares = square - sum * distance", "squares = square", splits),
     "off by one in the tail": (ELEMENTS, IN_TAIL, IN_TAIL.replace("(left)", "(left) - 1"), act),
     "written past the end": (ELEMENTS, IN_TAIL, "return left < 0 ? 0 : kOctet;", act),
-    "mask of what was not rounded": (ELEMENTS, "  z = rounded<T>(z);\n", "", rounding),
+    "mask of what was not rounded": (ELEMENTS, BITS, "!(z <= 0)) << j", rounding),
+    "a tie does not go to even": (DEVICE, "0x1p-25f", "0x0.ffffffp-25f", rounding),
     "bits in reverse": (ELEMENTS, BITS, BITS.replace("<< j", "<< (7 - j)"), act),
     "channel not carried on": (DEVICE, "      offset -= inner;\n      ++channel;", "      offset -= inner;", backward),
     "channel walks off": (DEVICE, "if (channel >= channels) channel -= channels;", "", act),
     "x counts where statistics are frozen": (ELEMENTS, "b == A(0) ? A(0) : x - mean", "x - mean", frozen),
     "stride of the grid": (ELEMENTS, "{gridDim.x} * blockDim.x", "{gridDim.x} * blockDim.x + 1", long),
     "number of an octet overflows": (ELEMENTS, "count - o * kOctet;", "count - static_cast<int8_t>(o) * kOctet;", long),
+    "all threads at the first channels": (ELEMENTS, "first_octet() % (e.channels / kOctet) * kOctet", "0", steady),
+    "an end left out": (ELEMENTS, "whole + first_octet(), octet", "whole + 1 + first_octet(), octet", several_octets),
+    "batches overlap": (DEVICE, "i += kAtOnce * stride", "i += stride", several_octets),
 }  # fmt: skip
 
 
@@ -137,7 +163,9 @@ def test_planted_faults_are_seen(tmp_path, fault):
     name, right, wrong, check = FAULTS[fault]
     text = (CUDA / name).read_text(encoding="utf-8")
     assert text.count(right) == 1
-    kernels = Kernels(emulated.build(tmp_path, {name: text.replace(right, wrong)}, only=DTYPE_OF.get(check, FP32)))
+    main = HERE / ("sums_kernels.cpp" if name == SUMS else "elementwise_kernels.cpp")
+    dtype = DTYPE_OF.get(check, FP32)
+    kernels = Kernels(emulated.build(tmp_path, {name: text.replace(right, wrong)}, main=main, only=dtype))
     with pytest.raises((AssertionError, RuntimeError)) as seen:
         check(kernels)
     assert "left out" not in str(seen.value)

@@ -10,13 +10,12 @@ import pytest
 if importlib.util.find_spec("triton") is None:
     collect_ignore_glob = ["test_*.py"]  # nothing to import
 else:
-    from interpreter import repair, undo
+    from interpreter import repaired
 
     @pytest.fixture(autouse=True, scope="session")
     def _faithful_bfloat16() -> Iterator[None]:
-        repair()
-        yield
-        undo()
+        with repaired():
+            yield
 
 
 @pytest.fixture(params=["float32", "bfloat16", "float16"])

@@ -3,6 +3,9 @@ in TF32, which it does not round."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy
 import triton.language as tl
 from triton._C.libtriton.ir import INPUT_PRECISION
@@ -104,3 +107,15 @@ def repair() -> None:
 def undo() -> None:
     for name, function in _original.items():
         setattr(InterpreterBuilder, name, function)
+
+
+@contextmanager
+def repaired() -> Iterator[None]:
+    """For the duration of a ``with`` block, which may stand inside another."""
+    before = {name: getattr(InterpreterBuilder, name) for name in _REPAIRED}
+    repair()
+    try:
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(InterpreterBuilder, name, function)
