@@ -11,6 +11,9 @@ RUFF_VERSION ?= 0.17.6
 TRITON_VERSION ?= 3.6.0
 TORCH_INDEX_URL ?=
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
+# What `make` builds is for this machine: for its GPU, or without one for a single architecture, to be compiled and never run.
+# `pip install .` builds for all of them.
+export TORCH_CUDA_ARCH_LIST ?= $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1),9.0)
 TORCH_SPEC ?= $(if $(HAS_GPU),torch,torch==$(TORCH_VERSION))
 RESULTS ?= benchmarks/results
 

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from toolchain import BuildError, Toolkit, Torch, is_x86, parse_architectures, truthy
+from toolchain import BuildError, Toolkit, Torch, gencode, is_x86, truthy
 
 TARGET_VERSION = "0x020a000000000000"  # PyTorch's stable ABI as of 2.10
 
@@ -145,17 +145,23 @@ def cuda_library(settings: Settings, output: Path, sources: list[Path]) -> Libra
     debug = truthy(settings.environment.get("DEBUG"))
     flags = [
         *(["-O0", "-g", "-G"] if debug else ["-O3", "-DNDEBUG"]),
-        *("-std=c++20", "-Xcompiler", "-fPIC", "-DTORCH_TARGET_VERSION=" + TARGET_VERSION, "-DUSE_CUDA"),
-        *parse_architectures(settings.environment.get("TORCH_CUDA_ARCH_LIST")),
+        *("-std=c++20", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-DTORCH_TARGET_VERSION=" + TARGET_VERSION),
+        "-DRESNET_FUSED_ON_CUDA",
+        *gencode(settings.environment, settings.toolkit),
         *_includes(settings.torch.include),
     ]
     nvcc = str(settings.toolkit.nvcc)
     library = Library()
-    for source in sources:
-        target = settings.temp / (source.relative_to(settings.root).as_posix().replace("/", "_") + ".o")
-        library.objects.append(Step([nvcc, *flags, "-c", str(source), "-o", str(target)], [source], target))
+    # The convolutions take the longest: they go first.
+    for source in sorted([*sources, settings.root / "csrc" / "arguments.cpp"], key=lambda path: path.stem != "conv"):
+        target = settings.temp / (source.relative_to(settings.root).as_posix().replace("/", "_") + ".cuda.o")
+        depfile = target.with_suffix(".d")
+        command = [nvcc, *flags, "-MD", "-MF", str(depfile), "-c", str(source), "-o", str(target)]
+        library.objects.append(Step(command, [source], target, depfile))
     inputs = [step.output for step in library.objects]
+    # The CUDA run-time library is inside; PyTorch's own CUDA library is looked up when a kernel is first launched.
     link = [nvcc, "-shared", "-cudart", "static", *map(str, inputs), "-o", str(output)]
+    link += ["-L" + str(settings.torch.root / "lib"), "-ltorch_cpu", "-lc10", *([] if debug else ["-Xlinker", "-s"])]
     library.link = Step(link, inputs, output)
     return library
 

@@ -44,6 +44,7 @@ class Toolkit:
 
     nvcc: Path
     version: str
+    architectures: frozenset[str] = frozenset()  # that nvcc compiles for, such as "90"; empty: unknown
 
 
 def truthy(value: str | None) -> bool:
@@ -112,20 +113,34 @@ def find_toolkit(environment: Mapping[str, str]) -> Toolkit | None:
     except (OSError, subprocess.SubprocessError):
         return None
     found = re.search(r"release (\d+\.\d+)", text)
-    return Toolkit(Path(nvcc), found.group(1)) if found else None
+    if not found:
+        return None
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=False, timeout=60).stdout
+    return Toolkit(Path(nvcc), found.group(1), frozenset(re.findall(r"compute_(\d+)", listed)))
 
 
 _NAMED = {"ampere": "8.0;8.6+PTX", "ada": "8.9+PTX", "hopper": "9.0+PTX", "blackwell": "10.0;12.0+PTX"}
-DEFAULT_ARCHITECTURES = "8.0;9.0;10.0+PTX"
+DEFAULT_ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 
 
-def parse_architectures(text: str | None) -> list[str]:
+def gencode(environment: Mapping[str, str], toolkit: Toolkit | None) -> list[str]:
+    """nvcc's options for TORCH_CUDA_ARCH_LIST; without it for every supported architecture that the toolkit knows, and PTX of
+    the last one for those to come."""
+    known = [
+        entry
+        for entry in DEFAULT_ARCHITECTURES
+        if toolkit is None or not toolkit.architectures or entry.replace(".", "") in toolkit.architectures
+    ]
+    return parse_architectures(environment.get("TORCH_CUDA_ARCH_LIST") or ";".join(known) + "+PTX")
+
+
+def parse_architectures(text: str) -> list[str]:
     """TORCH_CUDA_ARCH_LIST ("8.0;9.0a+PTX", spaces or semicolons, or names such as Hopper) as nvcc's -gencode options.
 
     Raises:
         ConfigurationError: an entry is no architecture.
     """
-    words = re.split(r"[;\s]+", (text or DEFAULT_ARCHITECTURES).strip())
+    words = re.split(r"[;\s]+", text.strip())
     entries = [entry for word in words for entry in _NAMED.get(word.lower(), word).split(";") if entry]
     options: list[str] = []
     for entry in entries:
@@ -149,7 +164,7 @@ def choose_cuda(environment: Mapping[str, str], toolkit: Toolkit | None, sources
     Raises:
         ConfigurationError: FORCE_CUDA=1 without a toolkit, or a TORCH_CUDA_ARCH_LIST that cannot be read.
     """
-    architectures = parse_architectures(environment.get("TORCH_CUDA_ARCH_LIST"))
+    architectures = gencode(environment, toolkit)
     if toolkit is None:
         if truthy(environment.get("FORCE_CUDA")):
             raise ConfigurationError(

@@ -70,11 +70,21 @@ def test_old_torch_is_refused(tmp_path):
         ("8.0 8.6", ["sm_80", "sm_86"]),
         ("Hopper", ["sm_90", "compute_90"]),
         ("9.0;9.0", ["sm_90"]),
-        (None, ["sm_80", "sm_90", "sm_100", "compute_100"]),
     ],
 )
 def test_architecture_list(text, codes):
     assert [option.rpartition("=")[2] for option in toolchain.parse_architectures(text)] == codes
+
+
+def test_default_architectures_are_those_that_the_toolkit_knows(tmp_path):
+    def codes(*known: str) -> list[str]:
+        options = toolchain.gencode({}, toolchain.Toolkit(tmp_path, "13.0", frozenset(known)))
+        return [option.rpartition("=")[2] for option in options]
+
+    everything = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "compute_120"]
+    assert codes() == codes("75", "80", "86", "89", "90", "100", "103", "120") == everything
+    assert codes("80", "86", "89", "90") == ["sm_80", "sm_86", "sm_89", "sm_90", "compute_90"]
+    assert toolchain.gencode({"TORCH_CUDA_ARCH_LIST": "9.0"}, None) == ["-gencode=arch=compute_90,code=sm_90"]
 
 
 @pytest.mark.parametrize("text", ["sm_90", "9", "9.0+ptxx", "8.0;kepler9"])

@@ -60,6 +60,8 @@ struct Convolution {
     return sized<Half>(body);
   }
 
+  ConvPlan plan() const { return plan_conv(t.numel, shape.rows(), shape.k, shape.c, size * size); }
+
  private:
   template <class T, class Body>
   void sized(const Body& body) const {
@@ -75,17 +77,24 @@ struct Convolution {
 
   template <class T, int R, bool kPending, class Body>
   void tiled(const Body& body) const {
-    switch (plan_conv(shape.rows(), shape.k)) {
-      case ConvTileSize::k64x64: return body.template operator()<T, R, kPending, ConvTile64x64>();
-      case ConvTileSize::k128x64: return body.template operator()<T, R, kPending, ConvTile128x64>();
-      case ConvTileSize::k128x128: return body.template operator()<T, R, kPending, ConvTile128x128>();
+    switch (plan().tile) {
+      case 0: return on<T, R, kPending, ConvTile128x128>(body);
+      case 1: return on<T, R, kPending, ConvTile128x64>(body);
+      default: return on<T, R, kPending, ConvTile64x64>(body);
     }
+  }
+
+  template <class T, int R, bool kPending, class Tile, class Body>
+  void on(const Body& body) const {
+    constexpr ConvTileSize kSize = kConvTiles[Tile::kM == 64 ? 2 : Tile::kN == 64 ? 1 : 0];
+    static_assert(kSize.m == Tile::kM && kSize.n == Tile::kN && kSize.threads == Tile::kBlock);
+    return body.template operator()<T, R, kPending, Tile>();
   }
 };
 
 template <class T, int R, bool kPending, class Tile>
 void launch(const Stream& stream, const Convolution& conv, const ConvEpilogue<T>& epilogue) {
-  stream.launch(conv_kernel<T, R, kPending, Tile>, static_cast<unsigned>(conv_blocks<Tile>(conv.shape)), Tile::kBlock,
+  stream.launch(conv_kernel<T, R, kPending, Tile>, static_cast<unsigned>(conv.plan().blocks), Tile::kBlock,
                 conv.t.x.const_data_ptr(), conv.prologue, conv.filter, address(conv.out), epilogue, conv.shape);
 }
 

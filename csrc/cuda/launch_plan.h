@@ -72,15 +72,31 @@ inline LaunchPlan plan_channel_sums(
           aligned && (channels_last ? channels : inner) % kOctet == 0, static_cast<int>(lanes)};
 }
 
-enum class ConvTileSize { k64x64, k128x64, k128x128 };
+// Of outputs that a block of a convolution makes, and its threads.
+struct ConvTileSize {
+  int m, n, threads;
+};
 
-// The tile of a convolution [rows, k]: the largest that still gives each multiprocessor of a large GPU work. The shape alone
-// decides, so that statistics, which are summed by tiles, have the same bits on all.
-inline ConvTileSize plan_conv(int64_t rows, int64_t k) {
-  const auto blocks = [=](int m, int n) { return plan::cut(rows, m) * plan::cut(k, n); };
-  if (k > 64 && blocks(128, 128) >= plan::kBlocksOfConv) return ConvTileSize::k128x128;
-  if (blocks(128, 64) >= plan::kBlocksOfConv) return ConvTileSize::k128x64;
-  return ConvTileSize::k64x64;
+constexpr ConvTileSize kConvTiles[] = {{128, 128, 256}, {128, 64, 128}, {64, 64, 128}};
+
+struct ConvPlan {
+  int tile;  // of kConvTiles
+  int64_t blocks, shared_bytes, bytes;
+};
+
+// Of a convolution of so many elements with a filter of so many taps of c channels, whose output is [rows, k]: the largest tile
+// that still gives each multiprocessor of a large GPU work. The shape alone decides, so that statistics, which are summed by
+// tiles, have the same bits on all.
+inline ConvPlan plan_conv(int64_t elements, int64_t rows, int64_t k, int64_t c, int taps) {
+  ConvPlan plan{};
+  for (const ConvTileSize& tile : kConvTiles) {
+    plan.blocks = plan::cut(rows, tile.m) * plan::cut(k, tile.n);
+    plan.shared_bytes = int64_t{kConvStages} * (tile.m + tile.n) * kConvDepth * 2;
+    if (plan.blocks >= plan::kBlocksOfConv && (k > 64 || tile.n <= 64)) break;
+    if (plan.tile < 2) ++plan.tile;
+  }
+  plan.bytes = 2 * (elements + k * taps * c + rows * k);
+  return plan;
 }
 
 // Blocks of a kernel that joins splits of so many channels.

@@ -11,9 +11,7 @@
 
 namespace resnet_fused::cuda {
 
-constexpr int kDepth = 32;                // of the reduction, in a step
-constexpr int kPieces = kDepth / kOctet;  // of a row of a step: 16 bytes each
-constexpr int kStages = 3;                // steps in shared memory
+constexpr int kPieces = kConvDepth / kOctet;  // of a row of a step: 16 bytes each
 constexpr int kWarpN = 32;                // columns of a warp
 
 // kM × kN outputs of a block; a warp's are kWarpM × kWarpN.
@@ -22,7 +20,7 @@ struct ConvTile {
   static constexpr int kM = kRows, kN = kColumns, kWarpM = kRowsOfWarp;
   static constexpr int kWarpsM = kM / kWarpM, kWarpsN = kN / kWarpN, kBlock = kWarpsM * kWarpsN * kLanes;
   static constexpr int kStage = (kM + kN) * kPieces;  // 16 bytes each
-  static_assert(kBlock >= kN && kStages * kStage * sizeof(Bytes16) <= 48 << 10);
+  static_assert(kBlock >= kN && kConvStages * kStage * sizeof(Bytes16) <= 48 << 10);
 };
 
 using ConvTile128x128 = ConvTile<128, 128, 64>;
@@ -74,7 +72,7 @@ struct ConvStep {
   int tap = 0, c = 0;
 
   __device__ __forceinline__ void advance(int channels) {
-    c += kDepth;
+    c += kConvDepth;
     if (c >= channels) {
       c = 0;
       ++tap;
@@ -167,7 +165,7 @@ __device__ __forceinline__ void add_products(ConvSums<Tile>& sums, const Bytes16
                                              int lane) {
   const Bytes16* filters = stage + Tile::kM * kPieces;
 #pragma unroll
-  for (int k = 0; k < kDepth / 16; ++k) {
+  for (int k = 0; k < kConvDepth / 16; ++k) {
     uint32_t a[Tile::kWarpM / 16][4], b[kWarpN / 8][2];
 #pragma unroll
     for (int i = 0; i < Tile::kWarpM / 16; ++i) {
@@ -245,8 +243,8 @@ conv_kernel(const T* x, ConvPrologue prologue, const T* filter, T* out, ConvEpil
   constexpr int kSlabRow = kWarpN + 8, kSlab = 16 * kSlabRow;
   constexpr int kSlabs = Tile::kBlock / kLanes * kSlab * sizeof(float) / sizeof(Bytes16);
   static_assert(kSlabs * sizeof(Bytes16) + Tile::kWarpsM * Tile::kN * sizeof(Moments<float>) <=
-                kStages * Tile::kStage * sizeof(Bytes16));
-  RESNET_FUSED_SHARED(Bytes16, memory, kStages * Tile::kStage);
+                kConvStages * Tile::kStage * sizeof(Bytes16));
+  RESNET_FUSED_SHARED(Bytes16, memory, kConvStages * Tile::kStage);
 
   const unsigned across = (shape.k + Tile::kN - 1) / Tile::kN, tile = blockIdx.x / across;
   const int64_t first_row = int64_t{tile} * Tile::kM, rows = shape.rows();
@@ -255,10 +253,10 @@ conv_kernel(const T* x, ConvPrologue prologue, const T* filter, T* out, ConvEpil
   const int warp_row = warp / Tile::kWarpsN * Tile::kWarpM, warp_column = warp % Tile::kWarpsN * kWarpN;
 
   const ConvLoader<T, R, Tile> loader(x, filter, shape, first_row, first_column);
-  const int steps = R * R * ((shape.c + kDepth - 1) / kDepth);
+  const int steps = R * R * ((shape.c + kConvDepth - 1) / kConvDepth);
   ConvStep ahead, current;
 #pragma unroll
-  for (int i = 0; i < kStages - 1; ++i) {
+  for (int i = 0; i < kConvStages - 1; ++i) {
     if (i < steps) {
       loader.copy(memory + i * Tile::kStage, ahead);
       ahead.advance(shape.c);
@@ -266,29 +264,29 @@ conv_kernel(const T* x, ConvPrologue prologue, const T* filter, T* out, ConvEpil
     commit();
   }
   ConvSums<Tile> sums = {};
-  int stage = 0, free_stage = kStages - 1;
+  int stage = 0, free_stage = kConvStages - 1;
   for (int step = 0; step < steps; ++step) {
     Bytes16* const arrived = memory + stage * Tile::kStage;
     if constexpr (kPending) {
       const int channel = current.c + loader.column, count = channel < shape.c ? kOctet : 0;
       const auto scale = Octet<float>::load(prologue.scale + channel, count, true);
       const auto shift = Octet<float>::load(prologue.shift + channel, count, true);
-      wait<kStages - 2>();
+      wait<kConvStages - 2>();
       loader.activate(arrived, current, scale, shift, prologue.relu);
       current.advance(shape.c);
     } else {
-      wait<kStages - 2>();
+      wait<kConvStages - 2>();
     }
     // Now everyone's pieces are there, and everyone is done with the stage before.
     __syncthreads();
-    if (step + kStages - 1 < steps) {
+    if (step + kConvStages - 1 < steps) {
       loader.copy(memory + free_stage * Tile::kStage, ahead);
       ahead.advance(shape.c);
     }
     commit();
     add_products<T, Tile>(sums, arrived, warp_row, warp_column, lane);
     free_stage = stage;
-    stage = stage + 1 == kStages ? 0 : stage + 1;
+    stage = stage + 1 == kConvStages ? 0 : stage + 1;
   }
   __syncthreads();
 
