@@ -18,7 +18,7 @@ from .version import __version__
 
 # (name, default, meaning): the one table of every environment variable that this package reads.
 ENVIRONMENT = (
-    ("RESNET_FUSED_BACKEND", "auto", "backend in use from the start: auto, aten, cpu or triton"),
+    ("RESNET_FUSED_BACKEND", "auto", "backend in use from the start: auto, aten, cpu, triton or cuda"),
     ("RESNET_FUSED_COVARIANCE", "auto", "where the covariance plan is used from the start: auto, always or never"),
     (
         "RESNET_FUSED_CPU_CAPABILITY",
@@ -29,7 +29,7 @@ ENVIRONMENT = (
     ("MAX_JOBS", "one per core", "build: compilers run at once"),
     ("DEBUG", "0", "build: 1 compiles with -O0 -g and assertions"),
     ("FORCE_CUDA", "0", "build: 1 makes a missing CUDA toolkit an error"),
-    ("TORCH_CUDA_ARCH_LIST", "all supported", "build: GPU architectures, such as '8.0;9.0'"),
+    ("TORCH_CUDA_ARCH_LIST", "8.0;8.6;8.9;9.0;10.0;12.0+PTX", "build: GPU architectures"),
 )
 PACKAGES = ("torchvision", "timm", "numpy", "pillow", "rich", "safetensors", "triton")
 INTERESTING_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "asimd", "bf16", "sve")
@@ -110,7 +110,7 @@ def collect() -> dict[str, Any]:
             "instruction sets": [flag for flag in INTERESTING_FLAGS if flag in flags],
             "torch uses": torch.backends.cpu.get_cpu_capability(),
         },
-        "library": {"status": native.status(), **native.build_info()},
+        "library": {"status": native.status(), "CUDA kernels": native.cuda_status(), **native.build_info()},
         "environment": {
             name: {"default": default, "value": os.environ.get(name), "meaning": meaning}
             for name, default, meaning in ENVIRONMENT

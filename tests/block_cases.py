@@ -69,12 +69,13 @@ def compare(ours: nn.Module, stock: nn.Module, x: Tensor, training: bool, dtype:
         found = step(ours, x, training)
     assert found.keys() == exact.keys()
     floor = 4 * torch.finfo(dtype).eps
-    slack = 3 if dtype is torch.float64 else 2  # where the reference errs as much as stock
     size = max(t.norm().item() / t.numel() ** 0.5 for key, t in exact.items() if "weight" in key or key == "out")
     for key, gold in exact.items():
         ours_error, *errors = (networks.relative_error(side[key], gold, 1e-3 * size) for side in (found, *theirs))
         stock_error = max(errors)
-        assert ours_error <= slack * stock_error + floor, (key, ours_error, stock_error)
+        # In float64 stock is its own reference: its layouts differ by up to 4e-10 where a gradient is what is left of larger terms.
+        allowed = 1e-9 if dtype is torch.float64 else 2 * stock_error + floor
+        assert ours_error <= allowed, (key, ours_error, stock_error)
 
 
 def check_block(name: str, training: bool, dtype: torch.dtype, backend: str) -> None:

@@ -188,7 +188,10 @@ PLANTED = {
     "no barrier before stages become slabs": (BARRIER + "\n  const int64_t warp_first", "  const int64_t warp_first"),
     "no barrier before moments are merged": ("lane);\n  " + BARRIER, "lane);\n"),
     "copies are not waited for": ("      wait<kConvStages - 2>();\n      loader", "      loader"),
-    "copies are waited for too late": ("wait<kConvStages - 2>();\n      loader", "wait<kConvStages - 1>();\n      loader"),
+    "copies are waited for too late": (
+        "wait<kConvStages - 2>();\n      loader",
+        "wait<kConvStages - 1>();\n      loader",
+    ),
     "the wrong stage is filled": ("memory + free_stage *", "memory + (free_stage + 1) % kConvStages *"),
     "another tap's pixels": ("w + step.tap % R) * c", "w + (step.tap == 5 ? 1 : step.tap % R)) * c"),
     "another tap's filter": ("(step.tap * c + step.c)", "((step.tap == 8 ? 7 : step.tap) * c + step.c)"),
