@@ -14,7 +14,7 @@ RESIDENT = 4 * 132  # blocks of an H200
 @pytest.mark.parametrize("shape", [(256, 64, 112, 112), (256, 2048, 7, 7), (3, 17, 5, 9), (1, 1, 1, 1)])
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_a_pass(shape, channels_last):
-    n, c, h, w = shape
+    _, c, h, w = shape
     count = math.prod(shape)
     plan = _C.plan_pass(count, 1 if channels_last else h * w, c, 2, 3, 1, RESIDENT)
     assert plan["bytes"] == 3 * 2 * count + -(-count // 8)

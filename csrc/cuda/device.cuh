@@ -33,6 +33,15 @@ struct alignas(16) Bytes16 {
   uint32_t words[4];
 };
 
+// Memory at a multiple of 16 bytes, as it is read and written. A processor would take any address: it checks this one.
+template <class T>
+__device__ __forceinline__ auto* pieces_at(T* p) {
+#if !defined(__CUDACC__)
+  emulation::check_aligned(p);
+#endif
+  return reinterpret_cast<std::conditional_t<std::is_const_v<T>, const Bytes16, Bytes16>*>(p);
+}
+
 // Eight elements as they are stored: in half precision half the registers of an octet.
 template <class T>
 struct Packed {
@@ -44,7 +53,7 @@ struct Packed {
     Packed packed;
     if (aligned && count == kOctet) {
 #pragma unroll
-      for (int i = 0; i < kPieces; ++i) packed.pieces[i] = reinterpret_cast<const Bytes16*>(p)[i];
+      for (int i = 0; i < kPieces; ++i) packed.pieces[i] = pieces_at(p)[i];
     } else {
       T values[kOctet];
 #pragma unroll
@@ -91,7 +100,7 @@ struct Octet {
         for (int j = 0; j < kEach; ++j) values[j] = static_cast<T>(at[i * kEach + j]);
         Bytes16 bytes;
         memcpy(&bytes, values, sizeof(bytes));
-        reinterpret_cast<Bytes16*>(p)[i] = bytes;
+        pieces_at(p)[i] = bytes;
       }
     } else {
 #pragma unroll

@@ -206,7 +206,7 @@ struct Stored {
       constexpr int kLoads = sizeof(stored) / sizeof(Bytes16);
       Bytes16 bytes[kLoads];
 #pragma unroll
-      for (int i = 0; i < kLoads; ++i) bytes[i] = reinterpret_cast<const Bytes16*>(p)[i];
+      for (int i = 0; i < kLoads; ++i) bytes[i] = pieces_at(p)[i];
       memcpy(stored.at, bytes, sizeof(stored));
     } else {
 #pragma unroll

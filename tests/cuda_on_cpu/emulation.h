@@ -81,6 +81,10 @@ inline Machine machine;
                            std::to_string(t.y) + ")");
 }
 
+inline void check_aligned(const void* p) {
+  if (reinterpret_cast<uintptr_t>(p) % 16 != 0) fail("an address that is no multiple of 16 bytes");
+}
+
 inline void to_scheduler(bool ends) {
   Fiber& fiber = machine.fibers[machine.current];
 #if defined(__SANITIZE_ADDRESS__)

@@ -76,7 +76,44 @@ def calls(k: AtenKernels, of: Arguments, index: Tensor) -> dict[str, object]:
 
 @every_case
 def test_against_float64(cuda: EmulatedCuda, dtype, shape, layout):
-    of = Arguments(dtype, shape, layout)
+    check(cuda, Arguments(dtype, shape, layout))
+
+
+def shifted(t: Tensor) -> Tensor:
+    """The same an element further on in memory, where no 16 bytes begin."""
+    memory = t.new_empty(t.numel() + 1)[1:]
+    return torch.as_strided(memory, t.shape, t.stride(), memory.storage_offset()).copy_(t)
+
+
+@pytest.mark.parametrize("which", ["vectors", "tensors"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+def test_tensors_that_begin_anywhere(cuda: EmulatedCuda, dtype, which):
+    of = Arguments(dtype, SHAPES[0], torch.channels_last)
+    if which == "vectors":
+        of.vectors = [shifted(v) for v in of.vectors]
+    else:
+        of.x, of.other, of.grad, of.pooled = map(shifted, (of.x, of.other, of.grad, of.pooled))
+    check(cuda, of)
+
+
+@pytest.mark.parametrize("shape, layout", [((3, 8, 41, 40), LAYOUTS[0]), ((6, 2, 40, 41), LAYOUTS[1])], ids=name_of)
+def test_sums_of_several_splits(cuda: EmulatedCuda, shape, layout):
+    of = Arguments(torch.bfloat16, shape, layout)
+    index = STOCK.bn_relu_maxpool(of.x, *of.vectors[1:3])[1]
+    for call in (
+        lambda k, of: k.bn_stats(of.x),
+        lambda k, of: k.bn_act_backward_reduce(of.grad, of.x, of.mask, of.vectors[0], *of.vectors[1:3], True, False)[
+            :2
+        ],
+        lambda k, of: k.bn_relu_maxpool_backward_reduce(of.pooled, index, of.x, of.vectors[0]),
+    ):
+        found = [call(k, a) for k, a in ((cuda, of), (STOCK, of), (STOCK, of.double()))]
+        for ours, stock, gold in zip(*found, strict=True):
+            assert_as_accurate(ours, stock, gold, rows=of.x.numel() // shape[1], scale=1.0)
+
+
+def check(cuda: EmulatedCuda, of: Arguments) -> None:
+    dtype, shape = of.x.dtype, of.x.shape
     index = STOCK.bn_relu_maxpool(of.x, *of.vectors[1:3])[1]
     found, stock, gold = (calls(k, a, index) for k, a in ((cuda, of), (STOCK, of), (STOCK, of.double())))
     for name, ours in found.items():

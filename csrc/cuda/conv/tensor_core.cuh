@@ -98,10 +98,6 @@ inline Copies& copies_of_this_thread() {
   return mine;
 }
 
-inline void check_aligned(const void* p) {
-  if (reinterpret_cast<uintptr_t>(p) % 16 != 0) emulation::fail("an address that is no multiple of 16 bytes");
-}
-
 template <class T>
 float element(uint32_t pair, int i) {
   const uint16_t bits = static_cast<uint16_t>(pair >> 16 * i);
@@ -114,8 +110,8 @@ float element(uint32_t pair, int i) {
 
 // The copy may happen at any time until it is waited for: what was there is lost at once, what comes is late.
 inline void copy_async16(void* shared, const void* global, bool valid) {
-  twin::check_aligned(shared);
-  twin::check_aligned(global);
+  emulation::check_aligned(shared);
+  emulation::check_aligned(global);
   std::memset(shared, 0xff, 16);
   twin::copies_of_this_thread().groups.back().push_back({shared, global, valid});
 }
@@ -138,7 +134,7 @@ void wait() {
 }
 
 inline void load_matrices_x4(uint32_t (&out)[4], const void* row) {
-  twin::check_aligned(row);
+  emulation::check_aligned(row);
   const auto rows = emulation::exchange(~0u, row);
   const unsigned lane = emulation::lane();
   for (unsigned i = 0; i < 4; ++i) {
