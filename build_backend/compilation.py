@@ -225,4 +225,4 @@ def run(library: Library, settings: Settings, jobs: int) -> None:
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     print(done.stdout, flush=True)
     if done.returncode:
-        raise _failure([settings.compiler[0]], done.stdout)
+        raise _failure(library.link.command, done.stdout)

@@ -31,7 +31,7 @@ class Stream {
 
   Stream(const char* op, const Tensor& x) : op_(op), device_(x.get_device_index()), guard_(device_) {
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(current_stream()(device_, &stream));
+    STD_TORCH_CHECK(current_stream()(device_, &stream) == AOTI_TORCH_SUCCESS, op, ": PyTorch gave no current stream");
     stream_ = static_cast<cudaStream_t>(stream);
   }
 
