@@ -47,6 +47,6 @@ def test_blocks(name, dtype, backend, training):
     check_block(name, training, dtype, backend)
 
 
-@pytest.mark.parametrize("backend", [EmulatedConvolutions.name, WITH_TRITON])
+@pytest.mark.parametrize("backend", [EmulatedConvolutions.name, pytest.param(WITH_TRITON, marks=pytest.mark.slow)])
 def test_a_network_in_training(backend):
     check_network(True, torch.bfloat16, backend)
