@@ -6,14 +6,13 @@ told to do as on a GPU, and stock's convolutions round their operands too.
 
 from __future__ import annotations
 
-import copy
 from types import SimpleNamespace
 
 import pytest
 import torch
+from block_cases import BLOCKS, check_block
 from covariance_cases import Case, three
 from interpreter import round_to_tf32
-from test_backend import BLOCKS, _block, compare, hold_clear, tv
 from test_covariance_accuracy import SWEEP, check, flagged_by
 from test_workloads import NETWORKS
 from torch import Tensor
@@ -166,10 +165,7 @@ def test_the_tuner_expects_of_tf32_what_it_can_give(monkeypatch):
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("name", BLOCKS)
 def test_blocks(tf32, name, training):
-    stock, ours = (_block(source, *BLOCKS[name]) for source in (tv, resnet_fused))
-    hold_clear(stock)
-    ours.load_state_dict(stock.state_dict())
-    compare(ours, copy.deepcopy(stock), 0.5 * torch.randn(2, BLOCKS[name][1], 7, 6), training, FP32)
+    check_block(name, training, FP32, "triton")
 
 
 def test_nan_and_inf_stay_what_they_are(tf32):

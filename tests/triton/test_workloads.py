@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from test_backend import narrow_network
+from block_cases import narrow_network
 from torch import Tensor, nn
 
 import resnet_fused
