@@ -17,14 +17,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from check_cuda import Side, extension, notice, problem
+from check_cuda import Side, opened, problem
 from cuda_cases import HALF, STOCK, Case, Inputs, algebra, convolutions, folds, passes, pools
+from gpu_time import Bound, Clock, launches, peak, roofline_share
+from network_units import read_network
 from torch import nn
 
 from resnet_fused import bench, info, networks
 from resnet_fused.arguments import Parser, positive
 from resnet_fused.backends.cuda import CudaConvolutionKernels, CudaKernels
-from resnet_fused.console import UsageError, print_table, progress_bar, warn
+from resnet_fused.console import print_table, progress_bar, warn
 
 OURS, AGAIN, EAGER = "cuda", "cuda again", ", eager"
 COPY, FORMULAS, CUDNN = "copy", "formulas", "cudnn+passes"
@@ -39,8 +41,6 @@ BASELINES = {
 # the host's memory, which a graph may not.
 GRAPHS = {"algebra": (True, False), "fold": (False,)}
 GOAL, GOAL_BYTES = 0.90, 16_000_000  # share of a copy's speed, of calls that move at least so much
-WARM_UP = 3
-BLOCKS = (3, 4, 6, 3)  # of ResNet-50's stages
 
 
 # ResNet-50
@@ -49,22 +49,12 @@ BLOCKS = (3, 4, 6, 3)  # of ResNet-50's stages
 def network(width: int, image: int) -> list[tuple[int, int, int, int, int]]:
     """R, stride, C, K and the height of the input of every convolution of ResNet-50 in forward order; ``width``: channels of the
     stem, 64 in ResNet-50 itself."""
-    found = [(7, 2, 3, width, image)]
-    channels, size = width, _half(_half(image))
-    for stage, blocks in enumerate(BLOCKS):
-        inner = width << stage
-        for block in range(blocks):
-            stride = 2 if stage > 0 and block == 0 else 1
-            after = _half(size) if stride == 2 else size
-            found += [(1, 1, channels, inner, size), (3, stride, inner, inner, size), (1, 1, inner, 4 * inner, after)]
-            if block == 0:
-                found.append((1, stride, channels, 4 * inner, size))
-            channels, size = 4 * inner, after
-    return found
 
+    def scaled(channels: int) -> int:
+        return channels if channels == 3 else channels * width // 64
 
-def _half(size: int) -> int:
-    return (size + 1) // 2
+    units = [u for u in read_network("resnet50", 1, image).units if u.name != "fc"]
+    return [(u.r, u.stride, scaled(u.c), scaled(u.k), u.h) for u in units]
 
 
 def pairs(width: int, dtype: torch.dtype, device: torch.device) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
@@ -105,74 +95,6 @@ def cases(options: argparse.Namespace, device: torch.device) -> Iterator[tuple[s
             if r in (1, 3):
                 for case in convolutions(make, (r, stride, c, k, size, size), options.batch):
                     yield "conv", f"{options.batch}x{c}x{size}x{size} to {k}", case
-
-
-# Time
-
-
-class Clock:
-    """Milliseconds of calls: on a GPU by events, L2 being flushed before. On a processor, where kernels are emulated, by the
-    wall clock."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self._flushed = device, torch.empty(0, dtype=torch.uint8, device=device)
-        if device.type == "cuda":
-            l2_bytes = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) or 2**26
-            self._flushed = torch.empty(4 * l2_bytes, dtype=torch.uint8, device=device)
-
-    def prepare(self, call: Callable[[], Any], restore: Callable[[], None], graph: bool) -> Callable[[], float]:
-        """A function that restores the inputs, runs ``call`` once and returns the time of the call in milliseconds.
-
-        ``graph``: a call is the replay of a CUDA graph, so that only the GPU's time counts; else the host's launches count
-        where the GPU waits for them.
-        """
-        restore()
-        for _ in range(WARM_UP if self.device.type == "cuda" else 0):
-            call()
-        repeated = self._captured(call) if graph and self.device.type == "cuda" else call
-
-        def sample() -> float:
-            restore()
-            self._flushed.zero_()
-            return bench.timed_ms(lambda _: repeated(), self._flushed, 1)
-
-        return sample
-
-    def _captured(self, call: Callable[[], Any]) -> Callable[[], Any]:
-        torch.cuda.synchronize(self.device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            call()
-        return graph.replay
-
-
-def launches(call: Callable[[], Any]) -> int:
-    """Kernels, copies and fills that a call starts on the GPU."""
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-        call()
-        torch.cuda.synchronize()
-    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profiler.events())
-
-
-Bound = tuple[float, float] | None
-
-
-def peak(device: torch.device, dtype: torch.dtype) -> Bound:
-    """Bytes/s of memory and flop/s of products that the GPU reaches, as the cost model has them; None for a processor."""
-    if device.type != "cuda":
-        return None
-    from resnet_fused.backends.triton import devices
-
-    gpu = devices.describe(device)
-    return gpu.bandwidth, gpu.rate(dtype)
-
-
-def roofline_share(case: Case, seconds: float, bound: Bound) -> float | None:
-    """``max(bytes / bandwidth, flops / rate) / seconds``; None where there is nothing to tell."""
-    if bound is None or not case.moved:
-        return None
-    return max(case.moved / bound[0], case.flops / bound[1]) / seconds
 
 
 # Contests
@@ -309,7 +231,7 @@ def csv_rows(contest: Contest, dtype: str, device: str, bound: Bound) -> list[di
         seconds = contest.quantile(name) * 1e-3
         if case.moved:
             row["gb_per_s"] = f"{case.moved / seconds / 1e9:.4g}"
-        share = roofline_share(case, seconds, bound)
+        share = roofline_share(case.moved, case.flops, seconds, bound)
         if share is not None:
             row["fraction_of_roofline"] = f"{share:.3g}"
         if case.flops:
@@ -331,7 +253,7 @@ def print_all(contests: Sequence[Contest], bound: Bound) -> None:
         eager = [
             f"{1e3 * c.quantile(name + EAGER):.1f}" if c.family == "algebra" else "" for name in (OURS, c.baseline)
         ]
-        share = roofline_share(c.case, c.seconds, bound)
+        share = roofline_share(c.case.moved, c.case.flops, c.seconds, bound)
         reached = [
             f"{c.case.moved / c.seconds / 1e9:.0f}" if c.case.moved else "",
             "" if share is None else f"{share:.0%}",
@@ -421,11 +343,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--backend", metavar="NAME", help="a backend of these operators that runs here; default: cuda")
     parser.add_argument("--results-file", metavar="CSV", help="rows measured on a GPU are appended")
     options = parser.parse_args(argv)
-    try:
-        kernels, device = extension(options.backend)
-    except UsageError as error:
-        parser.error(str(error))
-    notice(device)
+    kernels, device = opened(parser, options.backend)
     if device.type != "cuda" and options.results_file:
         print(f"No rows are written to {options.results_file}.")
     return run(options, kernels, device)

@@ -278,10 +278,15 @@ def extension(name: str | None) -> tuple[CudaConvolutionKernels, torch.device]:
     return kernels, torch.device("cuda", torch.cuda.current_device()) if found.name == "cuda" else torch.device("cpu")
 
 
-def notice(device: torch.device) -> None:
-    """Says so where nothing that follows is about a GPU."""
+def opened(parser: Parser, backend: str | None) -> tuple[CudaConvolutionKernels, torch.device]:
+    """``extension``, whose error ends the program; says so where nothing that follows is about a GPU."""
+    try:
+        kernels, device = extension(backend)
+    except UsageError as error:
+        parser.error(str(error))
     if device.type != "cuda":
         print(f"The kernels run by emulation on {info.processor()}: nothing below says anything about a GPU.")
+    return kernels, device
 
 
 def run(
@@ -363,11 +368,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--small", action="store_true", help="small inputs, for compute-sanitizer")
     parser.add_argument("--backend", metavar="NAME", help="a backend of these operators that runs here; default: cuda")
     options = parser.parse_args(argv)
-    try:
-        kernels, device = extension(options.backend)
-    except UsageError as error:
-        parser.error(str(error))
-    notice(device)
+    kernels, device = opened(parser, options.backend)
     return run(options.backend or "cuda", options.dtype, options.operator, options.small, kernels, device)
 
 

@@ -18,7 +18,7 @@ from resnet_fused.backends.algebra import NormGradients, RowGradients, moments_d
 from resnet_fused.backends.aten import AtenKernels, pack_mask
 from resnet_fused.backends.cuda import CudaConvolutionKernels, CudaKernels
 from resnet_fused.backends.operands import Conv, Pending, acc_dtype
-from resnet_fused.folded import fold, fold_in_one_launch
+from resnet_fused.folded import fold, frozen_norm
 
 STOCK = AtenKernels()
 HALF = (torch.bfloat16, torch.float16)
@@ -315,7 +315,7 @@ def folds(make: Inputs, pairs: Sequence[tuple[nn.Conv2d, nn.BatchNorm2d]]) -> Ca
 
     def call(k: Any, pairs: Any, dtype: torch.dtype) -> Any:
         if isinstance(k, CudaKernels):
-            return fold_in_one_launch(k.ops, pairs, dtype)
+            return k.fold([frozen_norm(*pair) for pair in pairs], dtype)
         return [fold(conv, norm, dtype) for conv, norm in pairs]
 
     given = sum(t.numel() * t.element_size() for pair in pairs for module in pair for t in module.state_dict().values())

@@ -38,17 +38,26 @@ bool dense(const Tensor& t, bool channels_last) {
   return channels_last ? dense_in(t, {0, 2, 3, 1}) : dense_in(t, {0, 1, 2, 3});
 }
 
+bool is_half(ScalarType type) { return type == ScalarType::BFloat16 || type == ScalarType::Half; }
+
+ScalarType acc_of(ScalarType type) { return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
+
+void check_beside(const char* op, const char* name, const Tensor& t, const Tensor& first, ScalarType type) {
+  STD_TORCH_CHECK(is_here(t) && t.get_device_index() == first.get_device_index(), op, ": ", name,
+                  ": expected a tensor on ", kHere, ", the one of the first tensor");
+  STD_TORCH_CHECK(t.scalar_type() == type, op, ": ", name, ": expected ", toString(type), ", got ",
+                  toString(t.scalar_type()));
+}
+
 Activations::Activations(const char* op_, const char* name, const Tensor& x_) : op(op_), x(x_) {
   STD_TORCH_CHECK(is_here(x), op, ": ", name, ": expected a tensor on ", kHere);
   STD_TORCH_CHECK(x.dim() == 4, op, ": ", name, ": expected [N, C, H, W], got ", x.dim(), " dimensions");
   scalar_type = x.scalar_type();
-  const bool is_half = scalar_type == ScalarType::BFloat16 || scalar_type == ScalarType::Half;
-  const bool is_double = scalar_type == ScalarType::Double;
-  STD_TORCH_CHECK(is_half || is_double || scalar_type == ScalarType::Float, op, ": ", name,
+  STD_TORCH_CHECK(is_half(scalar_type) || scalar_type == ScalarType::Double || scalar_type == ScalarType::Float, op, ": ", name,
                   ": expected float64, float32, bfloat16 or float16, got ", toString(scalar_type));
-  acc_type = is_double ? ScalarType::Double : ScalarType::Float;
-  acc_size = is_double ? 8 : 4;
-  element_size = is_half ? 2 : acc_size;
+  acc_type = acc_of(scalar_type);
+  acc_size = acc_type == ScalarType::Double ? 8 : 4;
+  element_size = is_half(scalar_type) ? 2 : acc_size;
   numel = x.numel();
   n = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3);
   channels_last = dense(x, true);
@@ -58,10 +67,7 @@ Activations::Activations(const char* op_, const char* name, const Tensor& x_) : 
 }
 
 void Activations::check_type(const char* name, const Tensor& t, ScalarType type) const {
-  STD_TORCH_CHECK(is_here(t) && t.get_device_index() == x.get_device_index(), op, ": ", name, ": expected a tensor on ",
-                  kHere, ", the one of the first activation");
-  STD_TORCH_CHECK(t.scalar_type() == type, op, ": ", name, ": expected ", toString(type), ", got ",
-                  toString(t.scalar_type()));
+  check_beside(op, name, t, x, type);
 }
 
 const void* Activations::like(const char* name, const Tensor& t) const {

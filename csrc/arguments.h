@@ -32,6 +32,13 @@ std::string shape_string(torch::headeronly::IntHeaderOnlyArrayRef sizes);
 // Whether a 4-D tensor is dense in channels_last, or in contiguous; strides of dimensions of size 1 do not count.
 bool dense(const Tensor& t, bool channels_last);
 
+bool is_half(ScalarType type);
+// In which sums over activations of a dtype are formed.
+ScalarType acc_of(ScalarType type);
+
+// That a tensor is on the device of the first one, and of a dtype.
+void check_beside(const char* op, const char* name, const Tensor& t, const Tensor& first, ScalarType type);
+
 // An operator's activations: the first one sets device, dtype, shape and layout for the other arguments.
 struct Activations {
   Activations(const char* op, const char* name, const Tensor& x);

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import native
+from . import backends
+from .backends.algebra import FrozenNorm
 
 MAX_PACKED_SHAPES = 4
 
@@ -53,53 +54,26 @@ Folded = tuple[Tensor, Tensor | None]
 
 
 def fold_all(pairs: Sequence[tuple[nn.Conv2d, nn.Module]], dtype: torch.dtype | None = None) -> list[Folded]:
-    """``fold`` of each pair; on a GPU those of one dtype in one launch of the CUDA extension, where it is loaded."""
+    """``fold`` of each pair; those of one device and dtype in one launch, where the backend of that device has one."""
     found: list[Folded | None] = [None] * len(pairs)
-    if native.cuda_status() == "loaded":
-        groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-        for i, (conv, bn) in enumerate(pairs):
-            if conv.weight.is_cuda and _is_of_one_dtype(conv, bn, dtype):
-                groups.setdefault((conv.weight.device, conv.weight.dtype), []).append(i)
-        for (_, given), members in groups.items():
-            folded = fold_in_one_launch(torch.ops.resnet_fused, [pairs[i] for i in members], dtype or given)
-            for i, one in zip(members, folded, strict=True):
-                found[i] = one
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, (conv, _) in enumerate(pairs):
+        groups.setdefault((conv.weight.device, conv.weight.dtype), []).append(i)
+    for (device, given), members in groups.items():
+        layers = [frozen_norm(*pairs[i]) for i in members]
+        for i, one in zip(members, backends.get(backends.choose(device)).fold(layers, dtype or given), strict=True):
+            found[i] = one
     return [fold(*pair, dtype) if one is None else one for pair, one in zip(pairs, found, strict=True)]
 
 
-def _is_of_one_dtype(conv: nn.Conv2d, bn: nn.Module, dtype: torch.dtype | None) -> bool:
-    """Whether the extension's kernel takes these: dense, of the dtype of the result or, for half precision, float32."""
-    weight = conv.weight
-    tensors = [conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var]
-    narrows = weight.dtype == torch.float32 and dtype in (torch.bfloat16, torch.float16)
-    is_known = weight.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-    is_dense = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
-    return (
-        is_known
-        and (dtype in (None, weight.dtype) or narrows)
-        and is_dense
-        and all(t is None or (t.dtype == weight.dtype and t.device == weight.device) for t in tensors)
-    )
+def frozen_norm(conv: nn.Conv2d, bn: Any) -> FrozenNorm:
+    """The parameters of both, as a backend folds them."""
 
+    def data(t: Tensor | None) -> Any:
+        return None if t is None else t.detach()
 
-def fold_in_one_launch(ops: Any, pairs: Sequence[tuple[nn.Conv2d, nn.Module]], dtype: torch.dtype) -> list[Folded]:
-    """``fold`` of pairs whose parameters share a device and a dtype, by the operators ``ops`` (csrc/ops.cpp)."""
-    none = pairs[0][0].weight.new_empty(0)
-
-    def parameters(tensors: Iterable[Tensor | None]) -> list[Tensor]:
-        return [none if t is None else t.detach().contiguous() for t in tensors]
-
-    folded = ops.fold_batch_norms(
-        [conv.weight.detach() for conv, _ in pairs],
-        parameters(conv.bias for conv, _ in pairs),
-        *(
-            parameters(getattr(bn, name) for _, bn in pairs)
-            for name in ("weight", "bias", "running_mean", "running_var")
-        ),
-        [bn.eps for _, bn in pairs],
-        dtype,
-    )
-    return list(zip(*folded, strict=True))
+    gamma, beta, mean, var = map(data, (bn.weight, bn.bias, bn.running_mean, bn.running_var))
+    return FrozenNorm(data(conv.weight), data(conv.bias), gamma, beta, mean, var, bn.eps)
 
 
 def is_finite(conv: nn.Conv2d, folded: Folded) -> bool:

@@ -20,7 +20,7 @@ LIBRARIES = ("_cpu.so", "_cpu.dylib", "_cpu.dll")
 FAILURE_NOTE = "_build_failure.txt"  # written by the build when there was no compiler, or it failed
 
 CUDA_LIBRARY = "_cuda.so"
-OLDEST_GPU = (8, 0)  # compute capability of the kernels' instructions
+OLDEST_GPU = (8, 0)  # compute capability that has the instructions of the GPU kernels
 
 # None: not tried yet; "loaded"; otherwise the reason
 _status: str | None = None
@@ -70,6 +70,13 @@ def cuda_status() -> str:
     return _cuda_status
 
 
+def too_old() -> str:
+    """Why the current GPU runs none of this package's kernels; "" where it does."""
+    if torch.cuda.get_device_capability() >= OLDEST_GPU:
+        return ""
+    return "it needs an NVIDIA GPU of compute capability {}.{} or higher".format(*OLDEST_GPU)
+
+
 def _load_cuda() -> str:
     if not load():
         return f"the library that declares its operators is missing: {status()}"
@@ -80,9 +87,9 @@ def _load_cuda() -> str:
     library = _HERE / CUDA_LIBRARY
     if not library.exists():
         return "not compiled: run 'pip install .' where nvcc is on the PATH or CUDA_HOME names its toolkit"
+    if reason := too_old():
+        return reason
     device = torch.cuda.current_device()
-    if torch.cuda.get_device_capability(device) < OLDEST_GPU:
-        return "it needs an NVIDIA GPU of compute capability {}.{} or higher".format(*OLDEST_GPU)
     try:
         problem = ctypes.CDLL(str(library)).resnet_fused_cuda_problem
         problem.argtypes, problem.restype = [ctypes.c_int], ctypes.c_char_p

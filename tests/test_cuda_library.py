@@ -57,7 +57,7 @@ def test_the_reason_why_it_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     if LIBRARY.exists():
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
         assert "compute capability 8.0 or higher" in native._load_cuda()
     monkeypatch.setattr(native, "CUDA_LIBRARY", "_missing.so")
     assert "not compiled" in native._load_cuda()

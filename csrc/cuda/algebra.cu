@@ -10,10 +10,6 @@ namespace {
 
 using torch::headeronly::toString;
 
-ScalarType acc_of(ScalarType type) { return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
-
-bool is_half(ScalarType type) { return type == ScalarType::BFloat16 || type == ScalarType::Half; }
-
 // Of ā and Cov.
 ScalarType moments_of(ScalarType type) { return is_half(type) ? ScalarType::Float : ScalarType::Double; }
 
@@ -27,10 +23,7 @@ struct Tensors {
 
   // A dense tensor of a dtype and so many elements.
   const void* checked(const char* name, const Tensor& t, ScalarType type, i64 size) const {
-    STD_TORCH_CHECK(is_here(t) && t.get_device_index() == first.get_device_index(), op, ": ", name,
-                    ": expected a tensor on ", kHere, ", the one of all");
-    STD_TORCH_CHECK(t.scalar_type() == type, op, ": ", name, ": expected ", toString(type), ", got ",
-                    toString(t.scalar_type()));
+    check_beside(op, name, t, first, type);
     STD_TORCH_CHECK(t.numel() == size && t.is_contiguous(), op, ": ", name, ": expected ", size,
                     " contiguous elements, got shape ", shape_string(t.sizes()), " with strides ",
                     shape_string(t.strides()));

@@ -21,7 +21,7 @@ struct Convolution {
   Convolution(const char* op, const Tensor& x, const Optional& x_scale, const Optional& x_shift, bool x_relu,
               const Tensor& weight, i64 stride)
       : t(op, "x", x), filter(weight.const_data_ptr()), prologue{nullptr, nullptr, x_relu} {
-    STD_TORCH_CHECK(t.element_size == 2, op, ": x: expected bfloat16 or float16, got ",
+    STD_TORCH_CHECK(is_half(t.scalar_type), op, ": x: expected bfloat16 or float16, got ",
                     torch::headeronly::toString(t.scalar_type));
     t.check_type("weight", weight, t.scalar_type);
     STD_TORCH_CHECK(weight.dim() == 4 && weight.size(1) == t.c && weight.size(2) == weight.size(3) &&
@@ -113,7 +113,7 @@ std::tuple<Tensor, Tensor> conv_bn_act(const Tensor& x, const Optional& x_scale,
   conv.typed([&]<class T, int R, bool kPending, class Tile>() {
     const ConvEpilogue<T> epilogue{static_cast<const float*>(of_scale), static_cast<const float*>(of_shift),
                                    static_cast<const T*>(other), relu,
-                                   save_mask ? static_cast<uint8_t*>(address(mask)) : nullptr, nullptr};
+                                   mask_address(mask), nullptr};
     launch<T, R, kPending, Tile>(stream, conv, epilogue);
   });
   return {conv.out, mask};
@@ -136,7 +136,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_stats(const Tensor& x, const Optional& x
     launch<T, R, kPending, Tile>(stream, conv,
                                  {nullptr, nullptr, nullptr, false, nullptr, static_cast<float*>(address(partials))});
     if (splits > kSplitsAtOnce) {
-      const int groups = static_cast<int>(plan::cut(splits, kSplitsAtOnce));
+      const int groups = static_cast<int>(cut(splits, kSplitsAtOnce));
       const Tensor joined = new_partials(groups);
       stream.launch(join_moments_kernel<float>, dim3(blocks_of_join(out.c), groups), kThreads, address(partials),
                     splits, kSplitsAtOnce, out.c, address(joined));

@@ -99,12 +99,10 @@ __device__ __forceinline__ V sum_of_warp(V value) {
 }
 
 // Blocks of through_covariance_kernel, and of covariance_rows_kernel along x.
-__host__ __device__ inline unsigned row_blocks(int64_t outputs) {
-  return static_cast<unsigned>((outputs + kTileRows - 1) / kTileRows);
-}
+inline unsigned row_blocks(int64_t outputs) { return static_cast<unsigned>(cut(outputs, kTileRows)); }
 
 // mean µ_k = w_k·ā and var σ²_k = w_kᵀ Cov w_k, at least 0 (or NaN); flagged where unit·κ_k > limit, with
-// κ_k = (Σ_c |w_kc| √(Cov_cc + ā_c²))² / σ²_k (ill_conditioned). packed, unless null: ā and half of Cov, rounded to D.
+// κ_k = (Σ_c |w_kc| √(Cov_cc + ā_c²))² / σ²_k (ill_conditioned). packed: ā and half of Cov, rounded to D.
 //
 // S: of ā [C] and Cov [C, C], which are rounded to D first. Grid: row_blocks. Each block reads 16 rows of W once for each 32
 // channels, from L1, and all of Cov, from L2.
@@ -149,7 +147,6 @@ through_covariance_kernel(const T* weight, const S* mean_a, const S* cov, int ou
       flagged[k] = unit * size * size > limit * at_least_0;
     }
   }
-  if (packed == nullptr) return;
   for (int row = blockIdx.x; row < channels; row += gridDim.x) {
     if (threadIdx.x == 0) packed[row] = static_cast<D>(mean_a[row]);
     for (int column = row + threadIdx.x; column < channels; column += kThreads) {
@@ -162,23 +159,23 @@ through_covariance_kernel(const T* weight, const S* mean_a, const S* cov, int ou
 template <class T, class D, class U, class P, class W>
 struct CovarianceRows {
   using A = Accumulate<T>;
-  const U* t;        // [K, C]: dzᵀ(A − ā), with frozen statistics dzᵀA; null: only the scaled filter is asked for
+  const U* t;        // [K, C]: dzᵀ(A − ā), with frozen statistics dzᵀA
   const T* weight;   // [K, C]
   const D* packed;   // moments; null: frozen statistics
   const A *sum_dz, *mean, *rstd, *scale;  // [K]; mean: only where statistics are frozen
   int64_t count;                          // rows of A
   int outputs, channels;
   CoefficientVectors<A, P> to;
-  A* mean_dz;  // [K]; these three: or null
-  W* dweight;  // [K, C]
+  A* mean_dz;  // [K]
+  W* dweight;  // [K, C]; or null
   T* scaled;   // [K, C]
 };
 
 // Blocks of covariance_rows_kernel along y: where few rows leave multiprocessors idle, tiles of columns are shared out. The
 // results have the same bits for any number.
-__host__ __device__ inline unsigned column_blocks(int64_t outputs, int64_t channels) {
+inline unsigned column_blocks(int64_t outputs, int64_t channels) {
   constexpr int kEnough = 128;
-  const int64_t tiles = (channels + kTileColumns - 1) / kTileColumns, wanted = kEnough / row_blocks(outputs);
+  const int64_t tiles = cut(channels, kTileColumns), wanted = kEnough / row_blocks(outputs);
   return static_cast<unsigned>(wanted < 1 ? 1 : wanted < tiles ? wanted : tiles);
 }
 
@@ -199,7 +196,7 @@ covariance_rows_kernel(CovarianceRows<T, D, U, P, W> at) {
 #pragma unroll
   for (int n = 0; n < kRowsOfThread; ++n) {
     const int64_t k = first_of_warp + n * kRowsApart;
-    if (k >= at.outputs || at.t == nullptr) break;
+    if (k >= at.outputs) break;
     double centred = 0;
     for (int c = lane; c < channels; c += kLanes) {
       const int64_t i = k * channels + c;
@@ -212,7 +209,7 @@ covariance_rows_kernel(CovarianceRows<T, D, U, P, W> at) {
     times_rows[n] = of.b * static_cast<A>(at.count);
     if (lane == 0 && blockIdx.y == 0) {
       at.to.store(k, of, sum_dz);
-      if (at.mean_dz != nullptr) at.mean_dz[k] = sum_dz / static_cast<A>(at.count);
+      at.mean_dz[k] = sum_dz / static_cast<A>(at.count);
     }
   }
   for (int column = blockIdx.y * kTileColumns; column < channels; column += gridDim.y * kTileColumns) {
@@ -230,21 +227,17 @@ covariance_rows_kernel(CovarianceRows<T, D, U, P, W> at) {
         const double of_norm = static_cast<double>(times_rows[n]) * static_cast<double>(products[n]);
         at.dweight[i] = static_cast<W>(multiply_add(static_cast<double>(a), static_cast<double>(at.t[i]), of_norm));
       }
-      if (at.scaled != nullptr) at.scaled[i] = static_cast<T>(a * static_cast<A>(at.weight[i]));
+      at.scaled[i] = static_cast<T>(a * static_cast<A>(at.weight[i]));
     }
   }
 }
 
 // Blocks of coupling_kernel along x and y.
-__host__ __device__ inline unsigned coupling_blocks_x(int64_t channels) {
-  return static_cast<unsigned>((channels + kTileColumns - 1) / kTileColumns);
-}
-__host__ __device__ inline unsigned coupling_blocks_y(int64_t channels) {
-  return static_cast<unsigned>((channels + kTileRows - 1) / kTileRows);
-}
+inline unsigned coupling_blocks_x(int64_t channels) { return static_cast<unsigned>(cut(channels, kTileColumns)); }
+inline unsigned coupling_blocks_y(int64_t channels) { return static_cast<unsigned>(cut(channels, kTileRows)); }
 
 // G = Wᵀ diag(b) W [C, C] in D, rounded to A, and of that high in T and, unless null, low = what it was rounded by, in T:
-// symmetric to the bit. mean_to, unless null: ā [C] of packed moments, in A.
+// symmetric to the bit. mean_to: ā [C] of packed moments, in A.
 //
 // Grid: coupling_blocks_x, coupling_blocks_y; blocks below the diagonal have nothing to do, those on it write their mirror
 // image. A block reads 16 and 32 columns of W, from L2.
@@ -257,7 +250,7 @@ coupling_kernel(const T* weight, const Accumulate<T>* b, const D* packed, int ou
   const int first_row = blockIdx.y * kTileRows, first_column = blockIdx.x * kTileColumns;
   if (first_column + kTileColumns <= first_row) return;
   const int column = first_column + threadIdx.x % kTileColumns;
-  if (mean_to != nullptr && blockIdx.y == 0 && threadIdx.x < kTileColumns && column < channels) {
+  if (blockIdx.y == 0 && threadIdx.x < kTileColumns && column < channels) {
     mean_to[column] = static_cast<A>(packed[column]);
   }
   D products[kRowsOfThread];
@@ -278,9 +271,7 @@ coupling_kernel(const T* weight, const Accumulate<T>* b, const D* packed, int ou
 constexpr int kShiftColumns = 8;  // of a block
 
 // Of coupling_shift_kernel.
-__host__ __device__ inline unsigned coupling_shift_blocks(int64_t channels) {
-  return static_cast<unsigned>((channels + kShiftColumns - 1) / kShiftColumns);
-}
+inline unsigned coupling_shift_blocks(int64_t channels) { return static_cast<unsigned>(cut(channels, kShiftColumns)); }
 
 // constant = −mean_dzᵀ·scaled − āᵀ·(high + low) [C]: dA = dz·(aW) + A·G + constant has rows that sum to zero, as the weights
 // were rounded. low: or null.

@@ -16,10 +16,7 @@ using Tensors = std::vector<Tensor>;
 template <class S>
 const S* parameter(const char* name, const Tensor& t, const Tensor& like, i64 size, bool optional) {
   if (optional && t.numel() == 0) return nullptr;
-  STD_TORCH_CHECK(is_here(t) && t.get_device_index() == like.get_device_index(), kOp, ": ", name,
-                  ": expected tensors on one device");
-  STD_TORCH_CHECK(t.scalar_type() == like.scalar_type(), kOp, ": ", name, ": expected ",
-                  torch::headeronly::toString(like.scalar_type()), ", got ", torch::headeronly::toString(t.scalar_type()));
+  check_beside(kOp, name, t, like, like.scalar_type());
   STD_TORCH_CHECK(t.numel() == size && (t.is_contiguous() || (t.dim() == 4 && dense(t, true))), kOp, ": ", name,
                   ": expected ", size, " dense elements, got shape ", shape_string(t.sizes()), " with strides ",
                   shape_string(t.strides()));
@@ -55,7 +52,7 @@ void fold_into(const Parameters& from, const Tensors& folded, const Tensors& shi
                                                 torch::stable::Device(torch::headeronly::DeviceType::CPU), ScalarType::Byte);
   const Stream stream(kOp, first);
   const Tensor table = torch::stable::to(on_host, first.device());
-  stream.launch(fold_kernel<S, T>, static_cast<unsigned>(plan::cut(rows, kRowsOfBlock)), kThreads, address(table),
+  stream.launch(fold_kernel<S, T>, static_cast<unsigned>(cut(rows, kRowsOfBlock)), kThreads, address(table),
                 static_cast<int>(layers.size()), rows);
 }
 
@@ -77,9 +74,8 @@ std::tuple<Tensors, Tensors> fold_batch_norms(const Tensors& weights, const Tens
   if (weights.empty()) return {folded, shifts};
   const Parameters from{weights, biases, gammas, betas, means, vars, eps};
   const ScalarType given = weights.front().scalar_type();
-  const bool narrows = given == ScalarType::Float && (dtype == ScalarType::BFloat16 || dtype == ScalarType::Half);
-  const bool known = dtype == ScalarType::Double || dtype == ScalarType::Float || dtype == ScalarType::BFloat16 ||
-                     dtype == ScalarType::Half;
+  const bool narrows = given == ScalarType::Float && is_half(dtype);
+  const bool known = is_half(dtype) || dtype == ScalarType::Double || dtype == ScalarType::Float;
   STD_TORCH_CHECK(known && (given == dtype || narrows), kOp, ": dtype: expected that of the weights, or half precision for ",
                   "Float; got ", torch::headeronly::toString(dtype), " for ", torch::headeronly::toString(given));
   typed(dtype, [&]<class T>() {

@@ -117,4 +117,9 @@ inline int narrow(const char* op, const char* what, i64 value) {
 
 inline void* address(const Tensor& t) { return t.mutable_data_ptr(); }
 
+// Of a mask, which is empty where nobody wants it.
+inline uint8_t* mask_address(const Tensor& mask) {
+  return mask.numel() > 0 ? static_cast<uint8_t*>(address(mask)) : nullptr;
+}
+
 }  // namespace resnet_fused::cuda

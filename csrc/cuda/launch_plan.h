@@ -29,8 +29,6 @@ constexpr int64_t kBlocksOfConv = 264;     // two for each multiprocessor of an 
 constexpr int64_t kWindowsAtLeast = 4;     // of each thread in a split
 constexpr int64_t kRowsAtMost = 1 << 20;  // or octets: a block counts its elements in float32
 
-inline int64_t cut(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
-
 // Splits of so many rows (or octets), none of them empty: {splits, rows of each}.
 inline std::pair<int64_t, int64_t> split(int64_t rows, int64_t beside, int64_t at_least) {
   const int64_t wanted = std::max<int64_t>(1, kGridOfSums / beside);
@@ -45,7 +43,7 @@ inline std::pair<int64_t, int64_t> split(int64_t rows, int64_t beside, int64_t a
 // blocks of each; more of them would only read the vectors again.
 inline LaunchPlan plan_elementwise(int64_t count, int64_t inner, int64_t channels, bool aligned, int element_size, int tensors,
                                    int masks, int64_t resident) {
-  const int64_t octets = plan::cut(count, kOctet), blocks = std::max<int64_t>(1, plan::cut(octets, kThreads));
+  const int64_t octets = cut(count, kOctet), blocks = std::max<int64_t>(1, cut(octets, kThreads));
   const int64_t bytes = count * element_size * tensors + octets * masks;
   int64_t launched = std::min(blocks, resident);
   bool whole = aligned && inner == 1 && channels % kOctet == 0;
@@ -54,18 +52,18 @@ inline LaunchPlan plan_elementwise(int64_t count, int64_t inner, int64_t channel
     whole = period <= resident;
     if (whole) launched -= launched % period;
   }
-  return {launched, 1, kThreads, plan::cut(octets, launched * kThreads), 0, bytes, whole, 0};
+  return {launched, 1, kThreads, cut(octets, launched * kThreads), 0, bytes, whole, 0};
 }
 
 // Of sums over the rows of each channel, so many values each: a matrix [rows, channels], or with inner > 1 planes.
 inline LaunchPlan plan_channel_sums(
     int64_t images, int64_t inner, int64_t channels, bool channels_last, bool aligned, int element_size,
     int accumulate_size, int tensors, int values) {
-  const int64_t units = plan::cut(channels, kOctet), tiles = channels_last ? plan::cut(units, kLanes) : channels;
-  const int64_t lanes = plan::cut(units, tiles), rows_at_least = plan::kRowsAtLeast * (kThreads / lanes);
+  const int64_t units = cut(channels, kOctet), tiles = channels_last ? cut(units, kLanes) : channels;
+  const int64_t lanes = cut(units, tiles), rows_at_least = plan::kRowsAtLeast * (kThreads / lanes);
   const auto [splits, each] = channels_last
                                   ? plan::split(images * inner, tiles, rows_at_least)
-                                  : plan::split(images * plan::cut(inner, kOctet), tiles, plan::kOctetsAtLeast);
+                                  : plan::split(images * cut(inner, kOctet), tiles, plan::kOctetsAtLeast);
   const int64_t partials = splits * channels * values * accumulate_size;
   return {tiles, splits, kThreads, each, int64_t{kThreads} * (channels_last ? kOctet : 1) * values * accumulate_size,
           images * inner * channels * element_size * tensors + 2 * partials,
@@ -90,7 +88,7 @@ struct ConvPlan {
 inline ConvPlan plan_conv(int64_t elements, int64_t rows, int64_t k, int64_t c, int taps) {
   ConvPlan plan{};
   for (const ConvTileSize& tile : kConvTiles) {
-    plan.blocks = plan::cut(rows, tile.m) * plan::cut(k, tile.n);
+    plan.blocks = cut(rows, tile.m) * cut(k, tile.n);
     plan.shared_bytes = int64_t{kConvStages} * (tile.m + tile.n) * kConvDepth * 2;
     if (plan.blocks >= plan::kBlocksOfConv && (k > 64 || tile.n <= 64)) break;
     if (plan.tile < 2) ++plan.tile;
@@ -100,11 +98,11 @@ inline ConvPlan plan_conv(int64_t elements, int64_t rows, int64_t k, int64_t c, 
 }
 
 // Blocks of a kernel that joins splits of so many channels.
-inline unsigned blocks_of_join(int64_t channels) { return static_cast<unsigned>(plan::cut(channels, kChannelsOfJoin)); }
+inline unsigned blocks_of_join(int64_t channels) { return static_cast<unsigned>(cut(channels, kChannelsOfJoin)); }
 
 // Blocks of a kernel that walks over so many windows' units of channels.
 inline int64_t plan_windows(int64_t units, int64_t resident) {
-  return std::max<int64_t>(1, std::min(plan::cut(units, kThreads), resident));
+  return std::max<int64_t>(1, std::min(cut(units, kThreads), resident));
 }
 
 struct WindowSumsPlan {
@@ -117,7 +115,7 @@ struct WindowSumsPlan {
 inline WindowSumsPlan plan_window_sums(int64_t windows, int64_t units, bool planes) {
   int lanes = 1;
   while (!planes && lanes < kLanes && lanes < units) lanes *= 2;
-  const int64_t tiles = plan::cut(units, lanes);
+  const int64_t tiles = cut(units, lanes);
   const auto [splits, each] = plan::split(windows, tiles, plan::kWindowsAtLeast * (kThreads / lanes));
   return {tiles, static_cast<int>(splits), lanes, each};
 }

@@ -6,11 +6,10 @@
 namespace resnet_fused::cuda {
 
 // Of a grid of this file's kernels.
-__host__ __device__ inline unsigned channel_blocks(int64_t channels) {
-  return static_cast<unsigned>((channels + kThreads - 1) / kThreads);
-}
+inline unsigned channel_blocks(int64_t channels) { return static_cast<unsigned>(cut(channels, kThreads)); }
 
-// What follows from a norm's statistics, [channels] each. mean and var: the statistics themselves, rounded; or null.
+// What follows from a norm's statistics, [channels] each. mean and var: the statistics themselves, rounded; null where they are
+// of that dtype.
 template <class A>
 struct NormVectors {
   A *mean, *var, *rstd, *scale, *shift;
@@ -48,17 +47,17 @@ struct Coefficients {
   }
 };
 
-// Where they go, [channels] each; null: not asked for. a is scale itself. P: of the parameters.
+// Where they go, [channels] each. a is scale itself. P: of the parameters.
 template <class A, class P>
 struct CoefficientVectors {
   A *b, *c;
   P *dgamma, *dbeta;
 
   __device__ __forceinline__ void store(int64_t k, const Coefficients<A>& of, A sum_dz) const {
-    if (b != nullptr) b[k] = of.b;
-    if (c != nullptr) c[k] = of.c;
-    if (dgamma != nullptr) dgamma[k] = static_cast<P>(of.dgamma);
-    if (dbeta != nullptr) dbeta[k] = static_cast<P>(sum_dz);
+    b[k] = of.b;
+    c[k] = of.c;
+    dgamma[k] = static_cast<P>(of.dgamma);
+    dbeta[k] = static_cast<P>(sum_dz);
   }
 };
 

@@ -34,8 +34,6 @@ const void* optional_like(const Activations& t, const char* name, const Optional
   return other.has_value() ? t.like(name, *other) : nullptr;
 }
 
-uint8_t* mask_address(const Tensor& mask) { return mask.numel() > 0 ? static_cast<uint8_t*>(address(mask)) : nullptr; }
-
 void bn_act_into(const Activations& t, const Tensor& scale, const Tensor& shift, const Optional& residual, bool relu,
                  const Tensor& out, uint8_t* mask) {
   const void *x = t.x.const_data_ptr(), *of_scale = t.vector("scale", scale), *of_shift = t.vector("shift", shift);

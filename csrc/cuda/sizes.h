@@ -1,7 +1,12 @@
 // What launchers and kernels agree on.
 #pragma once
 
+#include <cstdint>
+
 namespace resnet_fused::cuda {
+
+// Parts of a whole, the last of which may be smaller.
+constexpr int64_t cut(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
 
 constexpr int kOctet = 8;      // elements that a thread takes at a time
 constexpr int kThreads = 256;  // of a block

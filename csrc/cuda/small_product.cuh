@@ -114,7 +114,7 @@ struct SmallProduct {
     constexpr int kPart = sizeof(Bytes16) / sizeof(D);
 #pragma unroll
     for (int i = 0; i < kSide; i += kPart) {
-      const Bytes16 bytes = *reinterpret_cast<const Bytes16*>(from + i);
+      const Bytes16 bytes = *pieces_at(from + i);
       memcpy(to + i, &bytes, sizeof(bytes));
     }
   }

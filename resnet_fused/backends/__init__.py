@@ -42,8 +42,8 @@ def load_triton() -> Kernels | str:
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if not (interpreted or torch.cuda.is_available()):
         return "PyTorch sees no GPU; TRITON_INTERPRET=1 runs its kernels on the processor, slowly"
-    if not interpreted and torch.cuda.get_device_capability() < (8, 0):
-        return "it needs an NVIDIA GPU of compute capability 8.0 or higher"
+    if not interpreted and (reason := native.too_old()):
+        return reason
     try:
         from .triton.dispatch import TritonKernels
     except ImportError as error:

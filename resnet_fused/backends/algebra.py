@@ -5,6 +5,7 @@ Here the formulas themselves, a PyTorch call for each step. Shapes: K output cha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -43,6 +44,18 @@ class RowGradients(NamedTuple):
     weight: Tensor | None
     scaled: Tensor
     mean_dz: Tensor
+
+
+class FrozenNorm(NamedTuple):
+    """A convolution's filter ``[K, C / groups, R, S]`` and bias, and the batch norm with running statistics behind it."""
+
+    weight: Tensor
+    bias: Tensor | None
+    gamma: Tensor | None
+    beta: Tensor | None
+    mean: Tensor
+    var: Tensor
+    eps: float
 
 
 class Algebra:
@@ -88,6 +101,15 @@ class Algebra:
         share = momentum if batches is None else batches.double().reciprocal()
         statistics.update_running(running_mean, mean if bias is None else mean + bias, share)
         statistics.update_running(running_var, var, share, correction)
+
+    def fold(self, layers: Sequence[FrozenNorm], dtype: torch.dtype) -> list[tuple[Tensor, Tensor] | None]:
+        """``weight·s`` in channels_last and ``(bias − mean)·s + beta``, ``s = gamma / √(var + eps)``, of each layer, in float64,
+        rounded once to ``dtype``; None for a layer that this backend has no launch for (here: all).
+
+        Args:
+            layers: on one device, filters of one dtype.
+        """
+        return [None] * len(layers)
 
     def through_covariance(
         self, weight: Tensor, mean: Tensor, cov: Tensor, unit: float, limit: float

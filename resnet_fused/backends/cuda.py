@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .algebra import NormGradients, RowGradients
+from .algebra import FrozenNorm, NormGradients, RowGradients
 from .library import LibraryKernels
 from .operands import Conv, Feedback, Operand, Pending, Product, acc_dtype, source
 
@@ -119,6 +119,18 @@ class CudaKernels(LibraryKernels):
         *norm, mean_dz, scaled, dweight = self.ops.row_gradients(*given, norm_dtype, weight_dtype)
         return RowGradients(NormGradients(scale, *norm), None if weight_dtype is None else dweight, scaled, mean_dz)
 
+    def fold(self, layers: Sequence[FrozenNorm], dtype: torch.dtype) -> list[tuple[Tensor, Tensor] | None]:
+        found: list[tuple[Tensor, Tensor] | None] = [None] * len(layers)
+        members = [i for i, layer in enumerate(layers) if _folds(layer, dtype)]
+        if members:
+            none = layers[0].weight.new_empty(0)
+            *tensors, eps = zip(*(layers[i] for i in members))
+            lists = [[none if t is None else t for t in each] for each in tensors]
+            folded = self.ops.fold_batch_norms(*lists, list(eps), dtype)
+            for i, *one in zip(members, *folded, strict=True):
+                found[i] = tuple(one)
+        return found
+
     def feedback(self, a: Operand, weight: Tensor, moments: Tensor, rows: RowGradients) -> Feedback:
         high, low, shift, mean_a = self.ops.coupling(
             _contiguous(weight), rows.norm.b, moments, _contiguous(rows.scaled), rows.mean_dz
@@ -129,6 +141,19 @@ class CudaKernels(LibraryKernels):
 
 def _contiguous(t: Tensor) -> Tensor:
     return t.contiguous()
+
+
+def _folds(layer: FrozenNorm, dtype: torch.dtype) -> bool:
+    """Whether the folding kernel takes these parameters: dense, of the dtype of the result or, for half precision, float32."""
+    weight, *vectors, _ = layer
+    given = weight.dtype
+    narrows = given == torch.float32 and dtype in _HALF
+    return (
+        given in (torch.float64, torch.float32, *_HALF)
+        and (given == dtype or narrows)
+        and any(weight.is_contiguous(memory_format=f) for f in (torch.contiguous_format, torch.channels_last))
+        and all(v is None or (v.dtype == given and v.device == weight.device and v.is_contiguous()) for v in vectors)
+    )
 
 
 def _are_of_one_kind(acc: torch.dtype, parameters: torch.dtype) -> bool:

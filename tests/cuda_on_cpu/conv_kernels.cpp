@@ -45,7 +45,7 @@ const char* conv(int dtype, Conv of, const void* x, const void* x_scale, const v
     const ConvEpilogue<T> epilogue{static_cast<const float*>(scale), static_cast<const float*>(shift),
                                    static_cast<const T*>(residual), relu != 0, mask, static_cast<float*>(partials)};
     const auto kernel = x_scale ? conv_kernel<T, R, true, Tile> : conv_kernel<T, R, false, Tile>;
-    emulation::launch(conv_blocks<Tile>(shape), Tile::kBlock, of.seed, kernel, static_cast<const T*>(x), prologue,
+    emulation::launch(tiles_of_rows<Tile>(shape) * cut(shape.k, Tile::kN), Tile::kBlock, of.seed, kernel, static_cast<const T*>(x), prologue,
                       static_cast<const T*>(filter), static_cast<T*>(out), epilogue, shape);
   };
   return calls::typed<2, 3>(dtype, [&](auto* type) {

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cpu_cases import Case
 from emulated import DTYPES, LAYOUTS, name_of
 from emulated_operators import EmulatedConvolutions, EmulatedCuda
 from torch import Tensor, nn
 
+import resnet_fused
+from resnet_fused import folded
 from resnet_fused.backends.algebra import moments_dtype
 from resnet_fused.backends.aten import AtenKernels, pack_mask
 from resnet_fused.backends.cuda import convolves
 from resnet_fused.backends.operands import Conv, Feedback, Pending, Product, acc_dtype
-from resnet_fused.folded import fold, fold_in_one_launch
+from resnet_fused.folded import fold, fold_all
 from resnet_fused.statistics import coupling, coupling_shift, pack_moments
 from resnet_fused.testing import assert_as_accurate
 
@@ -24,24 +27,18 @@ every_case = pytest.mark.parametrize(
 )
 
 
-class Arguments:
-    """Of one call for each operator, in ``dtype`` and, the same numbers, in float64."""
+class Inputs(Case):
+    """With what the mask and the pool need."""
 
     def __init__(self, dtype: torch.dtype, shape: tuple[int, ...], layout: torch.memory_format) -> None:
-        def image(shape: tuple[int, ...]) -> Tensor:
-            return torch.randn(shape).to(dtype).contiguous(memory_format=layout)
-
-        self.x, self.other, self.grad = image(shape), image(shape), image(shape)
+        super().__init__(shape, dtype, layout)
         n, c, h, w = shape
-        self.pooled = image((n, c, (h + 1) // 2, (w + 1) // 2))
-        self.vectors = [torch.randn(c).to(acc_dtype(dtype)) for _ in range(6)]
+        self.pooled = torch.randn(n, c, (h + 1) // 2, (w + 1) // 2).to(dtype).contiguous(memory_format=layout)
         self.mask = pack_mask(torch.rand(shape).contiguous(memory_format=layout) < 0.5)
 
-    def double(self) -> Arguments:
-        wide = object.__new__(Arguments)
-        for name, value in vars(self).items():
-            several = isinstance(value, list)
-            setattr(wide, name, [v.double() for v in value] if several else value if name == "mask" else value.double())
+    def double(self) -> Inputs:
+        wide = super().double()
+        wide.mask = self.mask
         return wide
 
 
@@ -49,34 +46,34 @@ def clone(t: Tensor) -> Tensor:
     return t.clone(memory_format=torch.preserve_format)
 
 
-def calls(k: AtenKernels, of: Arguments, index: Tensor) -> dict[str, object]:
-    mean, scale, shift, *abc = of.vectors
+def calls(k: AtenKernels, of: Inputs, index: Tensor) -> dict[str, object]:
+    norm, abc = (of.mean, of.scale, of.shift), of.coefficients
     added, applied, passed = clone(of.x), clone(of.x), clone(of.grad)
     k.mask_grad_add_(added, of.grad, of.mask)
-    k.bn_act_(applied, scale, shift, of.other, True)
+    k.bn_act_(applied, of.scale, of.shift, of.residual, True)
     return {
         "bn_stats": k.bn_stats(of.x),
-        "bn_act": k.bn_act(of.x, scale, shift, of.other, True, False)[0],
-        "bn_act without ReLU": k.bn_act(of.x, scale, shift, None, False, False)[0],
+        "bn_act": k.bn_act(of.x, *norm[1:], of.residual, True, False)[0],
+        "bn_act without ReLU": k.bn_act(of.x, *norm[1:], None, False, False)[0],
         "bn_act_": applied,
-        "add_relu": k.add_relu(of.x, of.other, False)[0],
+        "add_relu": k.add_relu(of.x, of.residual, False)[0],
         "mask_grad": k.mask_grad(of.grad, of.mask),
         "mask_grad_add_": added,
-        "reduce, mask": k.bn_act_backward_reduce(of.grad, of.x, of.mask, mean, scale, shift, True, False)[:2],
-        "reduce, ReLU": k.bn_act_backward_reduce(of.grad, of.x, None, mean, scale, shift, True, True),
-        "reduce, open": k.bn_act_backward_reduce(of.grad, of.x, None, mean, scale, shift, False, True),
-        "backward, mask": k.bn_act_backward(of.grad, of.x, of.mask, mean, scale, shift, True, tuple(abc)),
-        "backward, ReLU": k.bn_act_backward(of.grad, of.x, None, mean, scale, shift, True, tuple(abc)),
-        "backward in place": k.bn_act_backward(passed, of.x, None, mean, scale, shift, False, tuple(abc), True),
-        "pool": k.bn_relu_maxpool(of.x, scale, shift)[0],
-        "pool, reduce": k.bn_relu_maxpool_backward_reduce(of.pooled, index, of.x, mean),
-        "pool, backward": k.bn_relu_maxpool_backward(of.pooled, index, of.x, mean, tuple(abc)),
+        "reduce, mask": k.bn_act_backward_reduce(of.grad, of.x, of.mask, *norm, True, False)[:2],
+        "reduce, ReLU": k.bn_act_backward_reduce(of.grad, of.x, None, *norm, True, True),
+        "reduce, open": k.bn_act_backward_reduce(of.grad, of.x, None, *norm, False, True),
+        "backward, mask": k.bn_act_backward(of.grad, of.x, of.mask, *norm, True, abc),
+        "backward, ReLU": k.bn_act_backward(of.grad, of.x, None, *norm, True, abc),
+        "backward in place": k.bn_act_backward(passed, of.x, None, *norm, False, abc, True),
+        "pool": k.bn_relu_maxpool(of.x, *norm[1:])[0],
+        "pool, reduce": k.bn_relu_maxpool_backward_reduce(of.pooled, index, of.x, of.mean),
+        "pool, backward": k.bn_relu_maxpool_backward(of.pooled, index, of.x, of.mean, abc),
     }
 
 
 @every_case
 def test_against_float64(cuda: EmulatedCuda, dtype, shape, layout):
-    check(cuda, Arguments(dtype, shape, layout))
+    check(cuda, Inputs(dtype, shape, layout))
 
 
 def shifted(t: Tensor) -> Tensor:
@@ -88,33 +85,32 @@ def shifted(t: Tensor) -> Tensor:
 @pytest.mark.parametrize("which", ["vectors", "tensors"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 def test_tensors_that_begin_anywhere(cuda: EmulatedCuda, dtype, which):
-    of = Arguments(dtype, SHAPES[0], torch.channels_last)
+    of = Inputs(dtype, SHAPES[0], torch.channels_last)
     if which == "vectors":
-        of.vectors = [shifted(v) for v in of.vectors]
+        for name in ("mean", "scale", "shift", "a", "b", "c"):
+            setattr(of, name, shifted(getattr(of, name)))
     else:
-        of.x, of.other, of.grad, of.pooled = map(shifted, (of.x, of.other, of.grad, of.pooled))
+        of.x, of.residual, of.grad, of.pooled = map(shifted, (of.x, of.residual, of.grad, of.pooled))
     check(cuda, of)
 
 
 @pytest.mark.parametrize("shape, layout", [((3, 8, 41, 40), LAYOUTS[0]), ((6, 2, 40, 41), LAYOUTS[1])], ids=name_of)
 def test_sums_of_several_splits(cuda: EmulatedCuda, shape, layout):
-    of = Arguments(torch.bfloat16, shape, layout)
-    index = STOCK.bn_relu_maxpool(of.x, *of.vectors[1:3])[1]
+    of = Inputs(torch.bfloat16, shape, layout)
+    index = STOCK.bn_relu_maxpool(of.x, of.scale, of.shift)[1]
     for call in (
         lambda k, of: k.bn_stats(of.x),
-        lambda k, of: k.bn_act_backward_reduce(of.grad, of.x, of.mask, of.vectors[0], *of.vectors[1:3], True, False)[
-            :2
-        ],
-        lambda k, of: k.bn_relu_maxpool_backward_reduce(of.pooled, index, of.x, of.vectors[0]),
+        lambda k, of: k.bn_act_backward_reduce(of.grad, of.x, of.mask, of.mean, of.scale, of.shift, True, False)[:2],
+        lambda k, of: k.bn_relu_maxpool_backward_reduce(of.pooled, index, of.x, of.mean),
     ):
         found = [call(k, a) for k, a in ((cuda, of), (STOCK, of), (STOCK, of.double()))]
         for ours, stock, gold in zip(*found, strict=True):
             assert_as_accurate(ours, stock, gold, rows=of.x.numel() // shape[1], scale=1.0)
 
 
-def check(cuda: EmulatedCuda, of: Arguments) -> None:
+def check(cuda: EmulatedCuda, of: Inputs) -> None:
     dtype, shape = of.x.dtype, of.x.shape
-    index = STOCK.bn_relu_maxpool(of.x, *of.vectors[1:3])[1]
+    index = STOCK.bn_relu_maxpool(of.x, of.scale, of.shift)[1]
     found, stock, gold = (calls(k, a, index) for k, a in ((cuda, of), (STOCK, of), (STOCK, of.double())))
     for name, ours in found.items():
         each = [t if isinstance(t, tuple) else (t,) for t in (ours, stock[name], gold[name])]
@@ -129,9 +125,9 @@ def check(cuda: EmulatedCuda, of: Arguments) -> None:
 
 @every_case
 def test_masks_and_winners(cuda: EmulatedCuda, dtype, shape, layout):
-    of = Arguments(dtype, shape, layout)
-    _, scale, shift, *_ = of.vectors
-    for out, mask in (cuda.bn_act(of.x, scale, shift, of.other, True, True), cuda.add_relu(of.x, of.other, True)):
+    of = Inputs(dtype, shape, layout)
+    scale, shift = of.scale, of.shift
+    for out, mask in (cuda.bn_act(of.x, scale, shift, of.residual, True, True), cuda.add_relu(of.x, of.residual, True)):
         assert torch.equal(mask, pack_mask(~(out <= 0)))
     out, index = cuda.bn_relu_maxpool(of.x, scale, shift)
     applied = cuda.bn_act(of.x, scale, shift, None, True, False)[0]
@@ -321,7 +317,9 @@ def test_convolutions_that_the_extension_leaves_to_pytorch(cuda_convolutions: Em
 
 
 @pytest.mark.parametrize("dtype, to", [(torch.float32, None), (torch.float32, torch.bfloat16), (torch.float64, None)])
-def test_a_network_folds_in_one_launch(cuda: EmulatedCuda, dtype, to):
+def test_a_network_folds_in_one_launch(cuda: EmulatedCuda, dtype, to, monkeypatch):
+    folded_by_formula: list[object] = []
+    monkeypatch.setattr(folded, "fold", lambda *of: folded_by_formula.append(of))
     pairs = [
         (nn.Conv2d(3, 12, 7), nn.BatchNorm2d(12)),
         (nn.Conv2d(12, 8, 1, bias=False), nn.BatchNorm2d(8, affine=False)),
@@ -330,7 +328,9 @@ def test_a_network_folds_in_one_launch(cuda: EmulatedCuda, dtype, to):
     for conv, bn in pairs:
         conv.to(dtype), bn.to(dtype)
         nn.init.normal_(bn.running_mean), nn.init.uniform_(bn.running_var, 0.5, 2)
-    found = fold_in_one_launch(cuda.ops, pairs, to or dtype)
+    with resnet_fused.backend(cuda.name):
+        found = fold_all(pairs, to)
+    assert not folded_by_formula
     for (conv, bn), ours in zip(pairs, found, strict=True):
         gold, stock = fold(conv, bn, torch.float64), fold(conv, bn, to)
         for one, other, exact in zip(ours, stock, gold, strict=True):

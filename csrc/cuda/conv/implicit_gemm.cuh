@@ -37,14 +37,8 @@ struct ConvShape {
 };
 
 template <class Tile>
-__host__ __device__ int64_t tiles_of_rows(const ConvShape& shape) {
-  return (shape.rows() + Tile::kM - 1) / Tile::kM;
-}
-
-// Of the grid.
-template <class Tile>
-__host__ __device__ int64_t conv_blocks(const ConvShape& shape) {
-  return tiles_of_rows<Tile>(shape) * ((shape.k + Tile::kN - 1) / Tile::kN);
+int64_t tiles_of_rows(const ConvShape& shape) {
+  return cut(shape.rows(), Tile::kM);
 }
 
 // What is still to be done to x: act(x·scale + shift), [C].
@@ -232,7 +226,7 @@ __device__ __forceinline__ Octet<float> octet_or(const float* vector, int channe
 // if it had been stored, and 0 where a tap leaves the image. partials: count, mean and sum of squared deviations of
 // each tile of rows, of out as it is stored; they are merged by finalise_moments_kernel.
 //
-// Grid: conv_blocks; tiles of the same rows follow each other, so that all but the first find these in L2. Block:
+// Grid: tiles of rows and columns; tiles of the same rows follow each other, so that all but the first find these in L2. Block:
 // Tile::kBlock. Reads x (its taps again, and every tile of columns: from L2), the filter once for each tile of rows,
 // and the residual; writes out. Sums are in float32; taps, channels and merges have an order that the shape alone
 // decides. Every tensor begins at a multiple of 16 bytes.
