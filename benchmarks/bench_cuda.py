@@ -53,7 +53,7 @@ def network(width: int, image: int) -> list[tuple[int, int, int, int, int]]:
     def scaled(channels: int) -> int:
         return channels if channels == 3 else channels * width // 64
 
-    units = [u for u in read_network("resnet50", 1, image).units if u.name != "fc"]
+    units = [u for u in read_network("resnet50", 2, image).units if u.name != "fc"]
     return [(u.r, u.stride, scaled(u.c), scaled(u.k), u.h) for u in units]
 
 
