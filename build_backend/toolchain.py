@@ -178,6 +178,16 @@ def choose_cuda(environment: Mapping[str, str], toolkit: Toolkit | None, sources
     return True, f"{found}; compiling {len(sources)} files for {', '.join(a.rpartition('=')[2] for a in architectures)}"
 
 
+def leave_out(library: str, error: BuildError, environment: Mapping[str, str]) -> None:
+    """A library that could not be built is left out, but not the CUDA library with FORCE_CUDA=1.
+
+    Raises:
+        ConfigurationError: that was asked for.
+    """
+    if library == "_cuda" and truthy(environment.get("FORCE_CUDA")):
+        raise ConfigurationError(f"FORCE_CUDA=1, but the CUDA library cannot be built: {error}") from error
+
+
 def is_x86() -> bool:
     return platform.machine().lower() in {"x86_64", "amd64"}
 

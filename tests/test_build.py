@@ -112,6 +112,14 @@ def test_force_cuda_without_a_toolkit_fails_clearly():
         assert "no toolkit" in line
 
 
+def test_force_cuda_makes_a_cuda_library_that_does_not_compile_an_error():
+    error = toolchain.BuildError("nvcc failed: no memory")
+    with pytest.raises(toolchain.ConfigurationError, match=r"FORCE_CUDA=1.*nvcc failed: no memory"):
+        toolchain.leave_out("_cuda", error, {"FORCE_CUDA": "1"})
+    toolchain.leave_out("_cuda", error, {})
+    toolchain.leave_out("_cpu", error, {"FORCE_CUDA": "1"})
+
+
 def test_one_line_says_what_was_found(tmp_path):
     toolkit = toolchain.Toolkit(tmp_path / "nvcc", "13.0")
     wanted, line = toolchain.choose_cuda({}, toolkit, [])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from resnet_fused import native
+from resnet_fused import backends, native
 
 LIBRARY = Path(native.__file__).parent / native.CUDA_LIBRARY
 LAUNCHERS = Path(native.__file__).parents[1] / "csrc" / "cuda"
@@ -45,6 +45,13 @@ def test_it_needs_no_library_of_cuda() -> None:
     needed = re.findall(r"NEEDED.*\[(.*)\]", listed.stdout)
     assert "libtorch_cpu.so" in needed
     assert not [name for name in needed if re.search("cuda|nvrtc|cublas|python", name)]
+
+
+def test_tensors_elsewhere_are_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(backends._KERNELS, "cuda", backends.get("aten"))
+    with backends.backend("cuda"):
+        assert backends.choose(torch.device("cuda")) == "cuda"
+        assert backends.choose(torch.device("cpu")) == "aten"
 
 
 def test_the_reason_why_it_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:

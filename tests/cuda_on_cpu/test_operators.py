@@ -299,18 +299,22 @@ def unfused(y: Tensor, vectors: list[Tensor], residual: Tensor, count: int) -> T
 def test_convolutions_that_the_extension_leaves_to_pytorch(cuda_convolutions: EmulatedConvolutions):
     x = torch.randn(1, 16, 5, 5).bfloat16().contiguous(memory_format=torch.channels_last)
     weight = torch.randn(8, 16, 3, 3).bfloat16().contiguous(memory_format=torch.channels_last)
-    assert convolves(x, weight, Conv(padding=(1, 1)))
-    others = [
-        (x.float(), weight.float(), Conv(padding=(1, 1))),
-        (x.contiguous(), weight, Conv(padding=(1, 1))),
+    twelve = torch.randn(1, 12, 5, 5).bfloat16().contiguous(memory_format=torch.channels_last)
+    usual = Conv(padding=(1, 1))
+    others = [  # one thing is different in each
+        (x.float(), weight.float(), usual),
+        (x.contiguous(), weight, usual),
+        (x, weight.contiguous(), usual),
+        (shifted(x), weight, usual),
         (x, weight, Conv()),
         (x, weight, Conv((1, 2), (1, 1))),
-        (x, weight, Conv(padding=(2, 2), dilation=(2, 2))),
-        (x[:, :8].contiguous(memory_format=torch.channels_last), weight[:, :8], Conv(padding=(1, 1))),
+        (x, weight, Conv(padding=(1, 1), dilation=(2, 2))),
+        (twelve, weight[:, :12].contiguous(memory_format=torch.channels_last), usual),
         (x, weight[:, :8].contiguous(memory_format=torch.channels_last), Conv(padding=(1, 1), groups=2)),
-        (x, weight[:7], Conv(padding=(1, 1))),
-        (x[:0], weight, Conv(padding=(1, 1))),
+        (x, weight[:7], usual),
+        (x[:0], weight, usual),
     ]
+    assert convolves(x, weight, usual)
     for a, w, conv in others:
         assert not convolves(a, w, conv), conv
         assert torch.equal(cuda_convolutions.fprop(a, w, conv), STOCK.fprop(a, w, conv))
