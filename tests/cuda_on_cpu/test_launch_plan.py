@@ -115,13 +115,13 @@ def test_channel_sums(kernels, shape, channels_last):
 
 
 FAULTS = {
-    "a part too many": ("(whole + part - 1) / part", "whole / part + 1"),
+    "a split too many": ("max<int64_t>(1, cut(rows, each)), each", "max<int64_t>(1, rows / each + 1), each"),
     "too many at a time": ("kRowsAtMost = 1 << 20", "kRowsAtMost = 1 << 30"),
     "empty splits": ("cut(rows, each)), each", "cut(rows, each) + 1), each"),
     "more blocks than are resident": ("std::min(blocks, resident)", "std::max(blocks, resident)"),
     "channels of a thread change": ("launched -= launched % period", "launched -= launched % 2"),
     "alignment does not count": ("whole = aligned && inner == 1", "whole = (aligned || true) && inner == 1"),
-    "uneven tiles": ("lanes = plan::cut(units, tiles)", "lanes = kLanes"),
+    "uneven tiles": ("lanes = cut(units, tiles)", "lanes = kLanes"),
     "bytes of masks": ("octets * masks", "octets * (masks - masks)"),
     "partial results once": ("2 * partials", "partials"),
 }
