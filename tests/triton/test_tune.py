@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_workloads import NETWORKS
 
-from resnet_fused import bench, cli, models, networks, tune
+from resnet_fused import bench, cli, models, networks, tables, tune
 from resnet_fused.backends.triton import configs, cost, devices, trial, tuning
 from resnet_fused.workloads import workloads
 
@@ -48,7 +48,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(tune, "SAMPLES", 1)
     for name, network in (("resnet18", "basic"), ("resnet50", "bottleneck")):
         monkeypatch.setitem(models.BUILDERS, name, NETWORKS[network])
-    monkeypatch.setenv(tuning.ENVIRONMENT_VARIABLE, str(tmp_path / "mine.json"))
+    monkeypatch.setenv(tables.ENVIRONMENT_VARIABLE, str(tmp_path / "mine.json"))
     return tmp_path / "mine.json"
 
 

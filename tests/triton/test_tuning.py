@@ -12,6 +12,7 @@ import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
+from resnet_fused import tables
 from resnet_fused.backends.triton import configs, cost, devices, tuning
 from resnet_fused.backends.triton.configs import Config
 
@@ -27,8 +28,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """An H200 that runs nothing, and a user's table that is not there yet; returns its path."""
     monkeypatch.setattr(tuning, "INTERPRETED", False)
     monkeypatch.setattr(devices, "describe", lambda device: H200)
-    monkeypatch.setenv(tuning.ENVIRONMENT_VARIABLE, str(tmp_path / "tables" / "mine.json"))
-    monkeypatch.setattr(tuning, "_warned", set())
+    monkeypatch.setenv(tables.ENVIRONMENT_VARIABLE, str(tmp_path / "tables" / "mine.json"))
+    monkeypatch.setattr(tables, "_warned", set())
     tuning.reload()
     yield tmp_path / "tables" / "mine.json"
     tuning.reload()
@@ -141,23 +142,23 @@ def test_a_key_depends_on_the_version_of_triton(monkeypatch):
     assert " triton9.8 " in tuning.entry_key("gram", EXPAND, BF16, H200) != before
 
 
+def written(entries: object, **other: object) -> str:
+    return json.dumps({"kind": tables.KIND, "format": 1, "entries": entries, "routes": {}} | other)
+
+
 WRONG_TABLES = {
-    "cut off": '{"kind": "resnet_fused.triton.tuning", "for',
-    "another kind": json.dumps({"kind": "cookies", "format": 1, "entries": {}}),
-    "another format": json.dumps({"kind": tuning.KIND, "format": 2, "entries": {}}),
+    "cut off": '{"kind": "resnet_fused.tuning", "for',
+    "another kind": written({}, kind="cookies"),
+    "another format": written({}, format=2),
     "a list": "[]",
     "a number": "3",
     "nested": "[" * 100_000,
-    "no entries": json.dumps({"kind": tuning.KIND, "format": 1}),
-    "entries of a list": json.dumps({"kind": tuning.KIND, "format": 1, "entries": [1]}),
-    "no power of two": json.dumps(
-        {"kind": tuning.KIND, "format": 1, "entries": {"k": {"config": [48, 64, 32, 4, 3], "us": 1}}}
-    ),
-    "text": json.dumps({"kind": tuning.KIND, "format": 1, "entries": {"k": {"config": ["64", 64, 32, 4, 3], "us": 1}}}),
-    "too short": json.dumps({"kind": tuning.KIND, "format": 1, "entries": {"k": {"config": [64, 64, 32], "us": 1}}}),
-    "no time": json.dumps(
-        {"kind": tuning.KIND, "format": 1, "entries": {"k": {"config": [64, 64, 32, 4, 3], "us": 0}}}
-    ),
+    "no entries": json.dumps({"kind": tables.KIND, "format": 1}),
+    "entries of a list": written([1]),
+    "no power of two": written({"k": {"config": [48, 64, 32, 4, 3], "us": 1}}),
+    "text": written({"k": {"config": ["64", 64, 32, 4, 3], "us": 1}}),
+    "too short": written({"k": {"config": [64, 64, 32], "us": 1}}),
+    "no time": written({"k": {"config": [64, 64, 32, 4, 3], "us": 0}}),
     "not text at all": b"\xff\xfe\x00\x9f",
 }
 
@@ -198,15 +199,15 @@ def test_a_crash_while_writing_leaves_the_old_table(tmp_path, monkeypatch, step)
 @pytest.mark.parametrize(
     ("platform", "variable", "value", "expected"),
     [
-        ("linux", "XDG_CACHE_HOME", "/caches", "/caches/resnet_fused/triton_tuning.json"),
-        ("linux", "XDG_CACHE_HOME", "", "~/.cache/resnet_fused/triton_tuning.json"),
-        ("darwin", "XDG_CACHE_HOME", "", "~/Library/Caches/resnet_fused/triton_tuning.json"),
-        ("linux", tuning.ENVIRONMENT_VARIABLE, "/mine.json", "/mine.json"),
+        ("linux", "XDG_CACHE_HOME", "/caches", "/caches/resnet_fused/tuning.json"),
+        ("linux", "XDG_CACHE_HOME", "", "~/.cache/resnet_fused/tuning.json"),
+        ("darwin", "XDG_CACHE_HOME", "", "~/Library/Caches/resnet_fused/tuning.json"),
+        ("linux", tables.ENVIRONMENT_VARIABLE, "/mine.json", "/mine.json"),
     ],
 )
 def test_where_the_users_table_is(monkeypatch, platform, variable, value, expected):
-    monkeypatch.delenv(tuning.ENVIRONMENT_VARIABLE, raising=False)
-    monkeypatch.setattr(tuning.sys, "platform", platform)
+    monkeypatch.delenv(tables.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.setattr(tables.sys, "platform", platform)
     monkeypatch.setenv(variable, value)
     assert tuning.user_table() == Path(expected).expanduser()
 

@@ -3,26 +3,18 @@
 Nothing is timed unless ``tune`` is called. Tables are read once in a process and a choice never changes in it (until
 ``reload``), so that the same inputs give the same bits.
 
-A table is a JSON file::
+An entry of a table (``tables``)::
 
-    {"kind": "resnet_fused.triton.tuning", "format": 1,
-     "entries": {KEY: {"config": [block_m, block_n, block_k, warps, stages], "us": 12.5}, …}}
+    KEY: {"config": [block_m, block_n, block_k, warps, stages], "us": 12.5}
 
-``KEY`` (see ``entry_key``) names everything on which the best configuration depends. Two tables count: the one inside the
-package, and above it the user's, in the platform's cache directory or where ``RESNET_FUSED_TUNING_TABLE`` says. A table that
-cannot be used is ignored with one warning.
+``KEY`` (see ``entry_key``) names everything on which the best configuration depends.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
-import os
-import sys
-import tempfile
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -33,14 +25,12 @@ import torch
 import triton
 from triton.errors import TritonError
 
+from ... import tables
+from ...tables import FORMAT, SHIPPED_TABLE, user_table
 from . import configs, cost, devices
 from .configs import Config
 
 __all__ = ["Config", "Entry", "NothingWorks", "choose", "deciding", "reload", "tune"]
-
-ENVIRONMENT_VARIABLE = "RESNET_FUSED_TUNING_TABLE"
-KIND, FORMAT = "resnet_fused.triton.tuning", 1
-SHIPPED_TABLE = Path(__file__).with_name("tuning_table.json")
 
 
 @triton.jit
@@ -140,20 +130,6 @@ def entry_key(kernel: str, shape: Mapping[str, int], dtype: torch.dtype, gpu: de
     )
 
 
-def user_table() -> Path:
-    """Where the user's table is, or would be."""
-    named = os.environ.get(ENVIRONMENT_VARIABLE)
-    if named:
-        return Path(named).expanduser()
-    if sys.platform == "win32":
-        cache = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
-    elif sys.platform == "darwin":
-        cache = "~/Library/Caches"
-    else:
-        cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(cache).expanduser() / "resnet_fused" / "triton_tuning.json"
-
-
 def _parse_entry(value: Any) -> Entry:
     numbers, us = value["config"], float(value["us"])
     powers = all(isinstance(n, int) and n > 0 and n & (n - 1) == 0 for n in numbers[:4])
@@ -168,47 +144,23 @@ def parse(text: str) -> Table:
     Raises:
         ValueError: it is no table of this format.
     """
+    entries = tables.parse(text)["entries"]
     try:
-        content = json.loads(text)
-        if (content["kind"], content["format"]) != (KIND, FORMAT):
-            raise ValueError(f"is a {content['kind']!r} of format {content['format']!r}, not {KIND!r} of {FORMAT}")
-        return {str(key): _parse_entry(value) for key, value in content["entries"].items()}
-    except (AttributeError, IndexError, KeyError, RecursionError, TypeError) as error:
+        return {str(key): _parse_entry(value) for key, value in entries.items()}
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
         raise ValueError(f"is not a tuning table ({type(error).__name__}: {error})") from error
 
 
-_warned: set[Path] = set()
-
-
 def read(path: Path) -> Table:
-    """The entries of the table at ``path``: none where there is no file; none, and a warning once, where it cannot be used."""
-    try:
-        return parse(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        if path not in _warned:
-            _warned.add(path)
-            warnings.warn(f"the tuning table {path} is ignored: {error}", RuntimeWarning, stacklevel=2)
-        return {}
+    """The entries of the table at ``path`` (``tables.read``)."""
+    return tables.read(path, parse)
 
 
 def write(path: Path, table: Mapping[str, Entry]) -> None:
-    """Write a table in one step: a reader, or a crash, sees the old file or the new one."""
-    entries = {key: {"config": list(dataclasses.astuple(e.config)), "us": e.us} for key, e in sorted(table.items())}
-    text = json.dumps({"kind": KIND, "format": FORMAT, "entries": entries}, indent=1) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False, encoding="utf-8") as file:
-        try:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()  # Windows replaces no open file
-            os.replace(file.name, path)
-        except BaseException:
-            file.close()
-            os.unlink(file.name)
-            raise
+    """Replace the entries of the table at ``path`` (``tables.write``)."""
+    tables.write(
+        path, "entries", {key: {"config": list(dataclasses.astuple(e.config)), "us": e.us} for key, e in table.items()}
+    )
 
 
 def merge(below: Mapping[str, Entry], above: Mapping[str, Entry]) -> Table:
