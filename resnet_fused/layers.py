@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import backends, dispatch, operators
+from . import backends, dispatch, operators, routes
 from .dispatch import Activation
 from .functional import check_values_per_channel
 from .plans.spec import Chain, Conv, Shortcut, Tail, Unit
@@ -69,14 +69,16 @@ def _fits(x: Tensor, units: Sequence[Unit], projection: Unit | None, dtype: torc
     return True
 
 
-def _update_statistics(bn: nn.BatchNorm2d, conv: nn.Conv2d | None, mean: Tensor, var: Tensor, count: int) -> None:
+def _update_statistics(
+    backend: str, bn: nn.BatchNorm2d, conv: nn.Conv2d | None, mean: Tensor, var: Tensor, count: int
+) -> None:
     """Running statistics and ``num_batches_tracked`` as ``nn.BatchNorm2d`` keeps them; ``var`` is biased."""
     with torch.no_grad():
         batches: Tensor | None = None
         if bn.num_batches_tracked is not None:
             bn.num_batches_tracked.add_(1)
             batches = bn.num_batches_tracked if bn.momentum is None else None
-        backends.get(backends.choose(mean.device)).update_running(
+        backends.get(backend).update_running(
             bn.running_mean,
             bn.running_var,
             mean,
@@ -135,12 +137,16 @@ def _run_chain(
         if spec.training:
             check_values_per_channel(shape)
 
+    route = routes.of_chain(chain, x, dtype, operators.saves(x, residual, chain))
+    if route.backend == routes.STOCK:
+        return None
     x = x.to(dtype)
-    out, statistics = operators.chain(x, None if identity else residual, chain)
+    out, statistics = operators.chain(x, None if identity else residual, chain, route)
     modules = [*units] if projection is None else [*units, (*projection, None)]
     for (conv, bn, _), spec, shape, stats in zip(modules, chain.units, shapes, statistics, strict=False):
         if spec.training:
-            _update_statistics(bn, conv, *stats, shape[0] * shape[2] * shape[3])  # type: ignore[arg-type]
+            count = shape[0] * shape[2] * shape[3]
+            _update_statistics(route.backend, bn, conv, *stats, count)  # type: ignore[arg-type]
     return out
 
 
@@ -234,7 +240,9 @@ def run_add_act(a: Tensor, b: Tensor, act: Activation) -> Tensor:
         and (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
     )
     if fusable:
-        return operators.add_relu(a, b)
+        route = routes.of_add_relu(a)
+        if route.backend != routes.STOCK:
+            return operators.add_relu(a, b, route)
     y = a + b
     return y if act is None else act(y)
 

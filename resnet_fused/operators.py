@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from . import backends, reference
+from . import backends, reference, routes
 from .backends.algebra import moments_dtype
 from .backends.aten import unpack_mask
 from .backends.operands import acc_dtype
@@ -37,21 +37,30 @@ _library.define("residual_add_relu(Tensor a, Tensor b, bool save, str backend) -
 _library.define("residual_add_relu_backward(Tensor grad, Tensor mask, str backend) -> Tensor")
 
 
-def chain(x: Tensor, residual: Tensor | None, c: Chain) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """Run a chain as one operator on the chosen backend.
+def saves(x: Tensor, residual: Tensor | None, c: Chain) -> bool:
+    """Whether a backward may follow."""
+    tensors = [x, *c.parameters()] + ([residual] if residual is not None else [])
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def chain(
+    x: Tensor, residual: Tensor | None, c: Chain, route: routes.Route | None = None
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """Run a chain as one operator.
 
     Args:
         x, residual (Tensor[N, C, H, W]): of one floating dtype; any layout.
         c: what to compute. Filters may be in another dtype than ``x`` and are rounded to it.
+        route: what runs it, ``routes.of_chain`` by default; a backend of formulas stands in for stock modules.
     Returns:
         The output, in channels_last where the chain has a convolution and in the layout of ``x`` elsewhere; and for each
         unit the mean and biased variance ``[K]`` of its batch (a frozen unit's are its running statistics, or empty).
     """
-    c = choose_plans(c)
+    save = saves(x, residual, c)
+    route = route or routes.of_chain(c, x, x.dtype, save)
+    backend = _backend(route)
+    c = choose_plans(c, route.covariance)
     parameters, running, integers, eps = c.flatten()
-    differentiable = [x, *parameters] + ([residual] if residual is not None else [])
-    save = torch.is_grad_enabled() and any(t.requires_grad for t in differentiable)
-    backend = backends.choose(x.device)
     out, statistics, *_ = torch.ops.resnet_fused.chain(x, residual, parameters, running, integers, eps, save, backend)
     if statistics.shape[1] == 0:
         return out, []
@@ -59,10 +68,14 @@ def chain(x: Tensor, residual: Tensor | None, c: Chain) -> tuple[Tensor, list[tu
     return out, list(zip(statistics[0].split(widths), statistics[1].split(widths), strict=True))
 
 
-def add_relu(a: Tensor, b: Tensor) -> Tensor:
+def add_relu(a: Tensor, b: Tensor, route: routes.Route | None = None) -> Tensor:
     """``relu(a + b)`` as one operator: two dense tensors of one shape and dtype. Saves one bit per element."""
     save = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
-    return torch.ops.resnet_fused.residual_add_relu(a, b, save, backends.choose(a.device))[0]
+    return torch.ops.resnet_fused.residual_add_relu(a, b, save, _backend(route or routes.of_add_relu(a)))[0]
+
+
+def _backend(route: routes.Route) -> str:
+    return "aten" if route.backend == routes.STOCK else route.backend
 
 
 def _chain(

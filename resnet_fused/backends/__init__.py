@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,9 +10,10 @@ from contextlib import contextmanager
 import torch
 
 from .. import native
+from . import routed
 from .aten import AtenKernels
 from .cpu import CpuKernels
-from .cuda import cuda_kernels
+from .cuda import CudaConvolutionKernels, CudaKernels, cuda_kernels
 from .kernels import Kernels
 from .operands import Conv, acc_dtype
 
@@ -23,6 +25,7 @@ __all__ = [
     "backend",
     "choose",
     "get",
+    "providers",
     "set_backend",
     "unavailable_backends",
 ]
@@ -120,13 +123,39 @@ def backend(name: str) -> Iterator[None]:
         set_backend(previous)
 
 
+@functools.cache
+def providers() -> dict[str, Kernels]:
+    """What a convolution of a GPU can run on here, by the names that routes have for it (``routed``).
+
+    ``cudnn``: PyTorch's convolutions, with the passes over memory of the extension or, without it, of Triton. ``triton``: its
+    1×1 and 3×3. ``cuda``: the extension's. ``space_to_depth``: ``cudnn`` with the stem's 7×7 as a 4×4.
+    """
+    has_triton, has_extension = "triton" in _KERNELS, "cuda" in _KERNELS
+    found: dict[str, Kernels] = {}
+    if has_extension:
+        found |= {routed.CUDNN: CudaKernels(), routed.EXTENSION: CudaConvolutionKernels()}
+    if has_triton:
+        from .triton.dispatch import TritonKernels, TritonPasses
+
+        found.setdefault(routed.CUDNN, TritonPasses())
+        found[routed.TRITON] = cuda_kernels(own_conv3x3=True) if has_extension else TritonKernels(own_conv3x3=True)
+    base = type(found.setdefault(routed.CUDNN, AtenKernels()))
+    return found | {routed.SPACE_TO_DEPTH: type("SpaceToDepthKernels", (routed.SpaceToDepth, base), {})()}
+
+
+@functools.lru_cache(maxsize=1024)
+def _routed(name: str) -> Kernels:
+    return routed.RoutedKernels(routed.parse(name), providers())
+
+
 def get(name: str) -> Kernels:
-    """The kernels of an available backend."""
-    return _KERNELS[name]
+    """The kernels of an available backend, or of the routes in ``name``."""
+    found = _KERNELS.get(name)
+    return _routed(name) if found is None else found
 
 
 def choose(device: torch.device) -> str:
-    """The backend for tensors on ``device``: the user's choice, or under ``auto`` the fastest that can run there."""
+    """The backend for tensors on ``device`` that no route names: the user's choice, or under ``auto`` the fastest on any machine."""
     wish = current()
     if wish == "auto":
         return "cpu" if device.type == "cpu" and "cpu" in _KERNELS else "aten"

@@ -208,8 +208,8 @@ def _operand(x: Operand) -> tuple[Tensor, Tensor | None, Tensor | None, bool]:
     return (x.y, x.scale, x.shift, x.relu) if isinstance(x, Pending) else (x, None, None, False)
 
 
-def cuda_kernels() -> CudaKernels:
-    """The backend on this machine: with Triton's products where Triton is."""
+def cuda_kernels(own_conv3x3: bool = False) -> CudaKernels:
+    """The backend on this machine: with Triton's products where Triton is, and Triton's 3×3 in place of cuDNN's if asked."""
     try:
         from .triton.dispatch import TritonKernels
     except ImportError:
@@ -218,5 +218,4 @@ def cuda_kernels() -> CudaKernels:
     class CudaAndTritonKernels(CudaKernels, TritonKernels):
         pass
 
-    # cuDNN's 3×3 until a GPU has measured ours.
-    return CudaAndTritonKernels(own_conv3x3=False)
+    return CudaAndTritonKernels(own_conv3x3)

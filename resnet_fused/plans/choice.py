@@ -63,25 +63,26 @@ def covariance(choice: str) -> Iterator[None]:
         set_covariance(previous)
 
 
-def _follows_covariance(unit: Unit) -> bool:
+def _follows_covariance(unit: Unit, pays: bool) -> bool:
     if unit.conv is None or unit.weight is None:
         return False
     channels_out, channels_in = unit.weight.shape[:2]
     wish = current()
     return is_pointwise(unit.weight, unit.conv) and (
-        wish == "always" or (wish == "auto" and channels_in < channels_out and channels_in <= MOST_CHANNELS)
+        wish == "always" or (wish == "auto" and pays and channels_in < channels_out and channels_in <= MOST_CHANNELS)
     )
 
 
-def choose_plans(chain: Chain) -> Chain:
+def choose_plans(chain: Chain, pays: bool = True) -> Chain:
     """The chain with ``Unit.covariance`` set: for the unit in front of the shortcut, and for the projection.
 
     Only channels, groups, filter and stride count, never the number of rows, so that one exported graph serves every batch.
-    A unit further inside would have to keep its activation in place of its raw output, and save nothing.
+    A unit further inside would have to keep its activation in place of its raw output, and save nothing. ``pays``: false
+    where the plan was measured to be slower, which counts under "auto".
     """
     last = len(chain.path) - 1
     eligible = {last} if chain.tail != Tail.RELU_MAXPOOL else set()
     if chain.shortcut == Shortcut.PROJECTION:
         eligible.add(last + 1)
-    units = [replace(u, covariance=i in eligible and _follows_covariance(u)) for i, u in enumerate(chain.units)]
+    units = [replace(u, covariance=i in eligible and _follows_covariance(u, pays)) for i, u in enumerate(chain.units)]
     return replace(chain, units=tuple(units))

@@ -66,14 +66,30 @@ def _launched(module: ModuleType, name: str) -> Any:
     return method
 
 
-class TritonKernels(AtenKernels):
+class TritonPasses(AtenKernels):
+    """Batch norm with its activation, residual additions and the stem's pooling in Triton; convolutions are cuDNN's."""
+
+    name = "triton"
+
+    bn_stats = _launched(bn, "bn_stats")
+    bn_act = _launched(bn, "bn_act")
+    bn_act_ = _launched(bn, "bn_act_")
+    bn_act_backward_reduce = _launched(bn, "bn_act_backward_reduce")
+    bn_act_backward = _launched(bn, "bn_act_backward")
+    add_relu = _launched(residuals, "add_relu")
+    mask_grad = _launched(residuals, "mask_grad")
+    mask_grad_add_ = _launched(residuals, "mask_grad_add_")
+    bn_relu_maxpool = _launched(pool, "bn_relu_maxpool")
+    bn_relu_maxpool_backward_reduce = _launched(pool, "bn_relu_maxpool_backward_reduce")
+    bn_relu_maxpool_backward = _launched(pool, "bn_relu_maxpool_backward")
+
+
+class TritonKernels(TritonPasses):
     """Kernels in Triton. Sums have the same bits on every run.
 
     Args:
         own_conv3x3: 3×3 convolutions without stride by ``conv3x3``, which read pending activations, in place of cuDNN's.
     """
-
-    name = "triton"
 
     def __init__(self, own_conv3x3: bool) -> None:
         self.own_conv3x3 = own_conv3x3
@@ -233,17 +249,3 @@ class TritonKernels(AtenKernels):
         if takes(grad) and all(takes(source(a)) for a, _, _ in operands):
             return pointwise.wgrad_bn_act(grad, mask, operands)
         return super().wgrad_bn_act(grad, mask, operands)
-
-    # Batch norm with its activation, residual additions, the stem's pooling
-
-    bn_stats = _launched(bn, "bn_stats")
-    bn_act = _launched(bn, "bn_act")
-    bn_act_ = _launched(bn, "bn_act_")
-    bn_act_backward_reduce = _launched(bn, "bn_act_backward_reduce")
-    bn_act_backward = _launched(bn, "bn_act_backward")
-    add_relu = _launched(residuals, "add_relu")
-    mask_grad = _launched(residuals, "mask_grad")
-    mask_grad_add_ = _launched(residuals, "mask_grad_add_")
-    bn_relu_maxpool = _launched(pool, "bn_relu_maxpool")
-    bn_relu_maxpool_backward_reduce = _launched(pool, "bn_relu_maxpool_backward_reduce")
-    bn_relu_maxpool_backward = _launched(pool, "bn_relu_maxpool_backward")

@@ -1,0 +1,244 @@
+"""A backend that is several: each convolution runs on the one that its route names, everything else on one of them.
+
+The name of such a backend says it all, so that a backward, an exported graph and a table of measured choices find it again::
+
+    routed 64x256x1x1/1=triton 64x64x3x3/1=cudnn 256x64x1x1/1=triton
+
+A route is ``KxCxRxS/stride=provider`` (see ``signature``). What is not named runs on ``cudnn``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .aten import AtenKernels
+from .kernels import Kernels
+from .operands import Below, Conv, Feedback, Gradient, NormGrad, Operand, Product
+
+PREFIX = "routed"
+CUDNN, TRITON, EXTENSION, SPACE_TO_DEPTH = "cudnn", "triton", "cuda", "space_to_depth"
+LAZY = (TRITON, EXTENSION)  # whose kernels read pending operands; the first has the covariance plan's products too
+
+
+def signature(weight_shape: Sequence[int], conv: Conv) -> str:
+    """A convolution as routes name it: filter ``KxCxRxS`` (C per group), stride, and what else is unusual about it."""
+    size = "x".join(map(str, weight_shape))
+    unusual = f"g{conv.groups}" if conv.groups != 1 else ""
+    unusual += "" if conv.dilation == (1, 1) else f"d{conv.dilation[0]},{conv.dilation[1]}"
+    stride = str(conv.stride[0]) if conv.stride[0] == conv.stride[1] else f"{conv.stride[0]},{conv.stride[1]}"
+    return f"{size}/{stride}{unusual}"
+
+
+def name_of(routes: Mapping[str, str]) -> str:
+    """The name of the backend with these routes, signature to provider."""
+    return " ".join([PREFIX, *(f"{conv}={provider}" for conv, provider in sorted(routes.items()))])
+
+
+def parse(name: str) -> dict[str, str]:
+    """The routes in a backend's name.
+
+    Raises:
+        ValueError: it is no such name.
+    """
+    prefix, *pairs = name.split()
+    routes = dict(pair.partition("=")[::2] for pair in pairs)
+    if prefix != PREFIX or not all(routes) or not all(routes.values()):
+        raise ValueError(f"expected '{PREFIX} KxCxRxS/stride=provider …', got {name!r}")
+    return routes
+
+
+class RoutedKernels(AtenKernels):
+    """Each convolution on the provider of its route.
+
+    Args:
+        routes: from ``signature`` to the name of a provider.
+        providers: the providers by name; ``cudnn`` is among them.
+    Raises:
+        ValueError: a route leads to no provider.
+    """
+
+    def __init__(self, routes: Mapping[str, str], providers: Mapping[str, Kernels]) -> None:
+        for conv, provider in routes.items():
+            if provider not in providers:
+                raise ValueError(f"{conv}: expected one of {', '.join(providers)}, got {provider!r}")
+        self.name = name_of(routes)
+        self._routes = {conv: providers[provider] for conv, provider in routes.items()}
+        self._base: Any = providers[CUDNN]
+        used = [name for name in LAZY if name in routes.values()]
+        # Makes what is pending, and has the products of the covariance plan, whose methods do not always name a filter.
+        self._lazy: Any = providers[used[0]] if used else self._base
+
+    def _of(self, weight: Tensor, conv: Conv) -> Any:
+        return self._routes.get(signature(weight.shape, conv), self._base)
+
+    def fprop(self, x: Operand, weight: Tensor, conv: Conv) -> Tensor:
+        return self._of(weight, conv).fprop(x, weight, conv)
+
+    def fprop_stats(self, x: Operand, weight: Tensor, conv: Conv) -> tuple[Tensor, Tensor, Tensor]:
+        return self._of(weight, conv).fprop_stats(x, weight, conv)
+
+    def dgrad(
+        self,
+        dy: Gradient,
+        x: Tensor,
+        weight: Tensor,
+        conv: Conv,
+        residual: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        return self._of(weight, conv).dgrad(dy, x, weight, conv, residual, mask)
+
+    def dgrad_below(self, dy: Gradient, weight: Tensor, conv: Conv, below: Below, want_activation: bool) -> NormGrad:
+        return self._of(weight, conv).dgrad_below(dy, weight, conv, below, want_activation)
+
+    def wgrad(self, dy: Gradient, x: Operand, weight: Tensor, conv: Conv) -> Tensor:
+        return self._of(weight, conv).wgrad(dy, x, weight, conv)
+
+    def gradient(
+        self,
+        found: NormGrad,
+        below: Below,
+        coefficients: tuple[Tensor, Tensor, Tensor],
+        weight: Tensor | None,
+        conv: Conv | None,
+        inplace: bool,
+    ) -> Gradient:
+        kernels = self._base if weight is None or conv is None else self._of(weight, conv)
+        return kernels.gradient(found, below, coefficients, weight, conv, inplace)
+
+    def fprop_bn_act(
+        self, products: Sequence[Product], shift: Tensor, residual: Tensor | None, relu: bool, save_mask: bool
+    ) -> tuple[Tensor, Tensor]:
+        return self._of(products[0].weight, products[0].conv).fprop_bn_act(products, shift, residual, relu, save_mask)
+
+    def dgrad_bn_act(
+        self,
+        grad: Tensor,
+        mask: Tensor | None,
+        weight: Tensor,
+        conv: Conv,
+        feedback: Feedback | None,
+        acc: Tensor | None = None,
+    ) -> Tensor:
+        return self._lazy.dgrad_bn_act(grad, mask, weight, conv, feedback, acc)
+
+
+def _on(which: str, name: str) -> Any:
+    def method(self: RoutedKernels, *args: Any, **kwargs: Any) -> Any:
+        return getattr(getattr(self, which), name)(*args, **kwargs)
+
+    method.__name__ = name
+    return method
+
+
+_OF_COVARIANCE = (
+    *("operand", "gram", "gram_unit", "operand_eps", "recompute_statistics"),
+    *("dgrad_bn_act", "dgrad_bn_act_below", "wgrad_bn_act"),
+)
+_OF_CONVOLUTIONS = set(vars(RoutedKernels)) | set(_OF_COVARIANCE)
+for _name in _OF_COVARIANCE:
+    setattr(RoutedKernels, _name, _on("_lazy", _name))
+for _class in Kernels.__mro__[:2]:  # the passes, and the algebra between them
+    for _name, _value in vars(_class).items():
+        if callable(_value) and not _name.startswith("_") and _name not in _OF_CONVOLUTIONS:
+            setattr(RoutedKernels, _name, _on("_base", _name))
+
+
+class SpaceToDepth(AtenKernels):
+    """Convolutions with stride 2 of images as convolutions of a quarter of the pixels with four times the channels.
+
+    A filter of 7×7 becomes one of 4×4: taps ``2u + v`` of the image are taps ``u`` of channel ``v``. The products are the same,
+    and some with zero. Three channels, of which tensor cores can use little, become twelve.
+    Traffic: reads x once and writes it once more, before the convolution.
+    Source: MLPerf's ResNet-50 submissions, "space-to-depth" of conv0.
+    """
+
+    @staticmethod
+    def applies(x: Tensor, weight: Tensor, conv: Conv) -> bool:
+        """Whether a convolution has this form: square, odd, "same" padding, stride 2, few channels, even height and width."""
+        _, c, r, s = weight.shape
+        return (
+            r == s
+            and r % 2 == 1
+            and c <= 4
+            and conv == Conv((2, 2), (r // 2, r // 2))
+            and x.shape[2] % 2 == 0
+            and x.shape[3] % 2 == 0
+        )
+
+    def fprop(self, x: Operand, weight: Tensor, conv: Conv) -> Tensor:
+        x = self.applied(x)
+        if not self.applies(x, weight, conv):
+            return super().fprop(x, weight, conv)
+        return super().fprop(_deep(x, weight), _deep_filter(weight), Conv())
+
+    def dgrad(
+        self,
+        dy: Gradient,
+        x: Tensor,
+        weight: Tensor,
+        conv: Conv,
+        residual: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        if residual is not None or not self.applies(x, weight, conv):
+            return super().dgrad(dy, x, weight, conv, residual, mask)
+        height, width, before = x.shape[2] // 2, x.shape[3] // 2, _before(weight)
+        deep = super().dgrad(dy, _deep(x, weight), _deep_filter(weight), Conv())
+        inner = deep[:, : 4 * x.shape[1], before : before + height, before : before + width]
+        return torch.nn.functional.pixel_shuffle(inner, 2).contiguous(memory_format=torch.channels_last)
+
+    def wgrad(self, dy: Gradient, x: Operand, weight: Tensor, conv: Conv) -> Tensor:
+        x = self.applied(x)
+        if not self.applies(x, weight, conv):
+            return super().wgrad(dy, x, weight, conv)
+        deep = super().wgrad(dy, _deep(x, weight), _deep_filter(weight), Conv())
+        return _shallow_filter(deep, weight)
+
+
+def _before(weight: Tensor) -> int:
+    """Rows of the deep image's padding above it; below it there are as many taps less."""
+    return (weight.shape[2] // 2 + 1) // 2
+
+
+def _deep(x: Tensor, weight: Tensor) -> Tensor:
+    """``[N, C, H, W]`` as ``[N, 4 C, H/2, W/2]``, padded with zeros: outside as the filter needs it, and to eight channels."""
+    n, c, h, w = x.shape
+    taps, before = (weight.shape[2] + 1) // 2, _before(weight)
+    shape = n, _deep_channels(c), h // 2 + taps - 1, w // 2 + taps - 1
+    deep = torch.zeros(shape, dtype=x.dtype, device=x.device).contiguous(memory_format=torch.channels_last)
+    inner = deep[:, : 4 * c, before : before + h // 2, before : before + w // 2]
+    inner.copy_(torch.nn.functional.pixel_unshuffle(x, 2))
+    return deep
+
+
+def _deep_channels(c: int) -> int:
+    return -(-4 * c // 8) * 8
+
+
+def _deep_filter(weight: Tensor) -> Tensor:
+    """The filter ``[K, C, R, R]`` as ``[K, 4 C, (R+1)/2, (R+1)/2]`` on the deep image, with zeros where a tap is none."""
+    k, c, r, _ = weight.shape
+    taps, first = (r + 1) // 2, _first(weight)
+    wide = weight.new_zeros(k, c, 2 * taps, 2 * taps)
+    wide[:, :, first : first + r, first : first + r] = weight
+    deep = wide.view(k, c, taps, 2, taps, 2).permute(0, 1, 3, 5, 2, 4).reshape(k, 4 * c, taps, taps)
+    padded = torch.nn.functional.pad(deep, (0, 0, 0, 0, 0, _deep_channels(c) - 4 * c))
+    return padded.contiguous(memory_format=torch.channels_last)
+
+
+def _first(weight: Tensor) -> int:
+    """Where the filter begins in its even extent: at an even tap relative to the output's pixel there is a zero before it."""
+    return 2 * _before(weight) - weight.shape[2] // 2
+
+
+def _shallow_filter(deep: Tensor, like: Tensor) -> Tensor:
+    """The inverse of ``_deep_filter``, for a gradient."""
+    k, c, r, _ = like.shape
+    taps, first = (r + 1) // 2, _first(like)
+    wide = deep[:, : 4 * c].reshape(k, c, 2, 2, taps, taps).permute(0, 1, 4, 2, 5, 3).reshape(k, c, 2 * taps, 2 * taps)
+    return wide[:, :, first : first + r, first : first + r].contiguous(memory_format=torch.channels_last)
