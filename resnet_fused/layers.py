@@ -78,7 +78,7 @@ def _update_statistics(
         if bn.num_batches_tracked is not None:
             bn.num_batches_tracked.add_(1)
             batches = bn.num_batches_tracked if bn.momentum is None else None
-        backends.get(backend).update_running(
+        backends.for_running_statistics(backend).update_running(
             bn.running_mean,
             bn.running_var,
             mean,

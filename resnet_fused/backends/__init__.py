@@ -86,7 +86,7 @@ def _validated(name: str, source: str) -> str:
     raise ValueError(f"{source}: expected one of {known}, got {name!r}")
 
 
-_current: str | None = None  # until set_backend: what the environment says, looked at on first use
+_current: str | None = None  # until set_backend: what the environment says
 
 
 def current() -> str:
@@ -95,10 +95,12 @@ def current() -> str:
     Raises:
         ValueError, RuntimeError: the environment variable names no backend, or one that cannot run here.
     """
-    global _current
-    if _current is None:
-        _current = _validated(os.environ.get(ENVIRONMENT_VARIABLE) or "auto", ENVIRONMENT_VARIABLE)
-    return _current
+    return _current or _of_environment()
+
+
+@torch.compiler.assume_constant_result
+def _of_environment() -> str:
+    return _validated(os.environ.get(ENVIRONMENT_VARIABLE) or "auto", ENVIRONMENT_VARIABLE)
 
 
 def set_backend(name: str) -> None:
@@ -152,6 +154,13 @@ def get(name: str) -> Kernels:
     """The kernels of an available backend, or of the routes in ``name``."""
     found = _KERNELS.get(name)
     return _routed(name) if found is None else found
+
+
+def for_running_statistics(name: str) -> Kernels:
+    """Whose ``update_running`` belongs to backend ``name``: a call outside of the operators, into which torch.compile looks, and
+    where it would take the making of routes for a part of the model."""
+    found = _KERNELS.get(name)
+    return _KERNELS.get("cuda", _KERNELS["aten"]) if found is None else found
 
 
 def choose(device: torch.device) -> str:

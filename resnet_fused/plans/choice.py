@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
+import torch
+
 from ..backends.operands import is_pointwise
 from .spec import Chain, Shortcut, Tail, Unit
 
@@ -17,7 +19,7 @@ CHOICES = ("auto", "always", "never")
 # in the last, smallest feature maps, where there is little to save: of ResNet-50's saved bytes, 2 %.
 MOST_CHANNELS = 256
 
-_current: str | None = None  # until set_covariance: what the environment says, looked at on first use
+_current: str | None = None  # until set_covariance: what the environment says
 
 
 def _validated(name: str, source: str) -> str:
@@ -32,10 +34,12 @@ def current() -> str:
     Raises:
         ValueError: the environment variable holds something else.
     """
-    global _current
-    if _current is None:
-        _current = _validated(os.environ.get(ENVIRONMENT_VARIABLE) or "auto", ENVIRONMENT_VARIABLE)
-    return _current
+    return _current or _of_environment()
+
+
+@torch.compiler.assume_constant_result
+def _of_environment() -> str:
+    return _validated(os.environ.get(ENVIRONMENT_VARIABLE) or "auto", ENVIRONMENT_VARIABLE)
 
 
 def set_covariance(choice: str) -> None:
