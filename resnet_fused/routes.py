@@ -26,6 +26,7 @@ from .backends.triton import devices
 from .plans.spec import Chain, Unit
 
 STOCK = "stock"
+KINDS = ("train", "forward")  # of keys whose choice is for a chain, with and without a backward
 _GENSTATS = " without covariance"
 
 
@@ -56,7 +57,7 @@ def parse(text: str) -> dict[str, Entry]:
                 raise ValueError(f"no route: {value}")
             found[str(key)] = entry
         return found
-    except (AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, OverflowError, TypeError) as error:
         raise ValueError(f"is not a tuning table ({type(error).__name__}: {error})") from error
 
 
@@ -93,6 +94,12 @@ def measured(key: str) -> str | None:
 def _device_key(device: torch.device) -> str:
     gpu = devices.describe(device)
     return f"sm_{gpu.arch} {gpu.sms} torch{'.'.join(torch.__version__.split('.')[:2])}"
+
+
+def of_device(device: torch.device) -> dict[str, Entry]:
+    """What was measured on such a device, by the tables in force."""
+    key = " " + _device_key(device)
+    return {name: entry for name, entry in _tables().items() if name.endswith(key)}
 
 
 def key_of(kind: str, what: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> str:
@@ -138,7 +145,7 @@ def describe(c: Chain) -> str:
 
 def chain_key(c: Chain, shape: Sequence[int], dtype: torch.dtype, device: torch.device, save: bool) -> str:
     """``save``: whether a backward follows."""
-    return key_of("train" if save else "forward", describe(c), shape, dtype, device)
+    return key_of(KINDS[0 if save else 1], describe(c), shape, dtype, device)
 
 
 def applies(device: torch.device) -> bool:

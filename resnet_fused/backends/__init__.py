@@ -49,8 +49,8 @@ def load_triton() -> Kernels | str:
         return reason
     try:
         from .triton.dispatch import TritonKernels
-    except ImportError as error:
-        return f"Triton cannot be imported: {error}"
+    except Exception as error:  # whatever a broken Triton raises, the package must still import
+        return f"Triton cannot be imported: {type(error).__name__}: {error}"
     # cuDNN's 3×3 until a GPU has measured ours.
     return TritonKernels(own_conv3x3=interpreted)
 
