@@ -59,7 +59,8 @@ def chain(
     save = saves(x, residual, c)
     route = route or routes.of_chain(c, x, x.dtype, save)
     backend = _backend(route)
-    c = choose_plans(c, route.covariance)
+    if not (_is_captured(x) and _reads_back(backend, x.dtype)):
+        c = choose_plans(c, route.covariance)
     parameters, running, integers, eps = c.flatten()
     out, statistics, *_ = torch.ops.resnet_fused.chain(x, residual, parameters, running, integers, eps, save, backend)
     if statistics.shape[1] == 0:
@@ -72,6 +73,16 @@ def add_relu(a: Tensor, b: Tensor, route: routes.Route | None = None) -> Tensor:
     """``relu(a + b)`` as one operator: two dense tensors of one shape and dtype. Saves one bit per element."""
     save = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
     return torch.ops.resnet_fused.residual_add_relu(a, b, save, _backend(route or routes.of_add_relu(a)))[0]
+
+
+def _is_captured(x: Tensor) -> bool:
+    """Whether a CUDA graph will hold, or may hold, what runs on ``x``."""
+    return x.is_cuda and (torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing())
+
+
+@torch.compiler.assume_constant_result
+def _reads_back(backend: str, dtype: torch.dtype) -> bool:
+    return backends.get(backend).reads_back(dtype)
 
 
 def _backend(route: routes.Route) -> str:

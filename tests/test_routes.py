@@ -253,6 +253,32 @@ def test_covariance_never_counts_more_than_a_route(gpu: Pretended, monkeypatch: 
         assert len(grams) == expected, (wish, choice)
 
 
+def test_no_covariance_in_a_graph_that_would_have_to_wait(gpu: Pretended, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Formulas look at values to find the channels that a covariance cannot tell; a kernel may do without."""
+
+    class Waiting(LazyKernels):
+        def __init__(self, waits: bool) -> None:
+            self.reads_back = lambda dtype: waits
+
+    recomputed, grams = [], []
+    original, gram = AtenKernels.recompute_statistics, AtenKernels.gram
+    noted = lambda self, *args: recomputed.append(self) or original(self, *args)  # noqa: E731
+    monkeypatch.setattr(LazyKernels, "recompute_statistics", noted)
+    monkeypatch.setattr(AtenKernels, "gram", lambda *args: grams.append(1) or gram(*args))
+    providers = backends.providers()
+    model, x = block(resnet_fused, *BLOCKS["bottleneck"]), torch.randn(2, 32, 7, 6)
+    for captured, waits, expected in ((False, True, 1), (True, True, 0), (True, False, 1)):
+        monkeypatch.setattr(operators, "_is_captured", lambda x, captured=captured: captured)
+        providers["triton"] = Waiting(waits)
+        for choice in ("routed", "routed 64x64x1x1/1=cuda", "routed 64x64x1x1/1=triton"):
+            grams.clear()
+            gpu.choice = choice
+            forget()
+            model(x)
+            assert len(grams) == expected
+    assert len(recomputed) == 6 and all(isinstance(kernels, Waiting) for kernels in recomputed)
+
+
 def test_a_backward_runs_as_its_forward_after_a_reload(gpu: Pretended) -> None:
     noted: list[tuple[str, str, str]] = []
     backends.providers()["cuda"] = Recording(noted, "cuda")
