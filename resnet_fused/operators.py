@@ -19,6 +19,7 @@ from . import backends, reference, routes
 from .backends.algebra import moments_dtype
 from .backends.aten import unpack_mask
 from .backends.operands import acc_dtype
+from .compiling import constant
 from .plans import chain as plan
 from .plans import chain_backward
 from .plans.choice import choose_plans
@@ -80,7 +81,7 @@ def _is_captured(x: Tensor) -> bool:
     return x.is_cuda and (torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing())
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _reads_back(backend: str, dtype: torch.dtype) -> bool:
     return backends.get(backend).reads_back(dtype)
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from . import backends, tables
 from .backends.routed import signature
 from .backends.triton import devices
+from .compiling import constant
 from .plans.spec import Chain, Unit
 
 STOCK = "stock"
@@ -83,14 +84,14 @@ def reload() -> None:
     _chains.clear()
 
 
-@torch.compiler.assume_constant_result
+@constant
 def measured(key: str) -> str | None:
     """The choice of the tables, None where nothing was measured."""
     entry = _tables().get(key)
     return None if entry is None else entry.choice
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _device_key(device: torch.device) -> str:
     gpu = devices.describe(device)
     return f"sm_{gpu.arch} {gpu.sms} torch{'.'.join(torch.__version__.split('.')[:2])}"
@@ -190,7 +191,7 @@ _MOST_CHAINS = 4096
 _chains: dict[tuple[Any, ...], Route] = {}
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _usable(key: str) -> str:
     """The choice of the tables; stock where nothing was measured, or where what won is not there any more."""
     choice = measured(key)

@@ -57,6 +57,7 @@ torch.cuda.get_device_capability = lambda device=None: capability()
 torch.cuda.get_device_properties = lambda device: SimpleNamespace(
     name="Pretended GPU", major=7, minor=5, multi_processor_count=40)
 import resnet_fused
+quick = "torch._dynamo" not in sys.modules
 from resnet_fused import backends, info, operators, routes
 found = info.collect()
 routes.applies = lambda device: True
@@ -69,7 +70,7 @@ x = torch.randn(2, 16, 6, 5)
 children = model.conv1, model.bn1, model.relu, model.conv2, model.bn2, model.relu, model.conv3, model.bn3
 y = torch.nn.Sequential(*children)(x)
 stock = torch.relu(y + x)
-print(json.dumps([found, torch.equal(model(x), stock)]))
+print(json.dumps([found, torch.equal(model(x), stock), quick]))
 """
 
 
@@ -105,20 +106,15 @@ def copied(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "not compiled",
             marks=pytest.mark.slow,
         ),
-        pytest.param(
-            "sys.modules['triton'] = SimpleNamespace(__version__='0')",
-            "Triton cannot be imported: ",
-            "not compiled",
-            marks=pytest.mark.slow,
-        ),
     ],
-    ids=["no Triton", "old GPU", "no driver", "broken Triton"],
+    ids=["no Triton", "old GPU", "no driver"],
 )
 def test_a_process_without(prelude: str, triton: str, cuda: str, copied: Path) -> None:
     done = child(prelude, copied)
     assert done.returncode == 0, done.stderr
-    found, is_stock = json.loads(done.stdout)
+    found, is_stock, is_quick = json.loads(done.stdout)
     assert is_stock
+    assert is_quick, "the import takes in the compiler, which takes seconds"
     assert triton in found["backends"]["triton"] and cuda in found["backends"]["cuda"]
     assert found["chosen"] == {
         "cpu": "cpu" if native.is_loaded() else "aten",

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 
 from .. import native
+from ..compiling import constant
 from . import recast, routed
 from .aten import AtenKernels
 from .cpu import CpuKernels
@@ -98,7 +99,7 @@ def current() -> str:
     return _current or _of_environment()
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _of_environment() -> str:
     return _validated(os.environ.get(ENVIRONMENT_VARIABLE) or "auto", ENVIRONMENT_VARIABLE)
 

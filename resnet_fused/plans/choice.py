@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-import torch
-
 from ..backends.operands import is_pointwise
+from ..compiling import constant
 from .spec import Chain, Shortcut, Tail, Unit
 
 ENVIRONMENT_VARIABLE = "RESNET_FUSED_COVARIANCE"
@@ -37,7 +36,7 @@ def current() -> str:
     return _current or _of_environment()
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _of_environment() -> str:
     return _validated(os.environ.get(ENVIRONMENT_VARIABLE) or "auto", ENVIRONMENT_VARIABLE)
 
