@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterator
+from zlib import crc32
 
 import pytest
 import torch
@@ -24,7 +25,13 @@ else:
 torch.set_num_threads(1)  # the inputs are small; more threads only wait for each other
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        share = item.get_closest_marker("one_in")
+        # By the name, so that a case stays where it is when others come or go, and all values of a parameter take turns.
+        if share is not None and "[" in item.name and crc32(item.name.encode()) % share.args[0]:
+            item.add_marker("slow")
     if "slow" in (config.option.markexpr or ""):
         return
     skip = pytest.mark.skip(reason="slow: run with -m slow")
