@@ -25,12 +25,23 @@ else:
 torch.set_num_threads(1)  # the inputs are small; more threads only wait for each other
 
 
+def share_of(item: pytest.Item) -> int:
+    """n of the closest ``one_in(n)``."""
+    marker = item.get_closest_marker("one_in")
+    assert marker is not None
+    return marker.args[0]
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    shared: dict[str, list[pytest.Item]] = {}
     for item in items:
-        share = item.get_closest_marker("one_in")
-        # By the name, so that a case stays where it is when others come or go, and all values of a parameter take turns.
-        if share is not None and "[" in item.name and crc32(item.name.encode()) % share.args[0]:
+        if item.get_closest_marker("one_in") and "slow" not in item.keywords:
+            shared.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for cases in shared.values():
+        # In an order that has nothing to do with that of the parameters, so that all values of each take turns.
+        cases.sort(key=lambda item: crc32(item.nodeid.encode()))
+        for item in cases[-(-len(cases) // share_of(cases[0])) :]:
             item.add_marker("slow")
     if "slow" in (config.option.markexpr or ""):
         return
