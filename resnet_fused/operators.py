@@ -10,7 +10,9 @@ The callers (``functional`` and ``layers``) decide when the operators may run; h
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +22,7 @@ from .backends.algebra import moments_dtype
 from .backends.aten import unpack_mask
 from .backends.operands import acc_dtype
 from .compiling import constant
+from .dispatch import autocast_dtype
 from .plans import chain as plan
 from .plans import chain_backward
 from .plans.choice import choose_plans
@@ -104,9 +107,9 @@ def _chain(
         return plan.forward(backends.get(backend), unflatten(parameters, running, spec, eps), x, residual, save)
 
 
-def _without_autocast(x: Tensor) -> torch.autocast:
+def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """Inside an operator every dtype is the plan's own; autocast would round the algebra of statistics."""
-    return torch.autocast(x.device.type, enabled=False)
+    return nullcontext() if autocast_dtype(x) is None else torch.autocast(x.device.type, enabled=False)
 
 
 def _layout(c: Chain, x: Tensor) -> torch.memory_format:
@@ -179,6 +182,8 @@ def _chain_backward(
 
 def _laid_out_like(gradient: Tensor, parameter: Tensor) -> Tensor:
     """``gradient`` with the strides of ``parameter``, as the fake kernel promises and autograd would make them anyway."""
+    if gradient.stride() == parameter.stride():
+        return gradient
     strides = zip(gradient.shape, gradient.stride(), parameter.stride(), strict=True)
     same = all(size == 1 or ours == theirs for size, ours, theirs in strides)
     return gradient if same else torch.empty_like(parameter).copy_(gradient)

@@ -87,5 +87,8 @@ def choose_plans(chain: Chain, pays: bool = True) -> Chain:
     eligible = {last} if chain.tail != Tail.RELU_MAXPOOL else set()
     if chain.shortcut == Shortcut.PROJECTION:
         eligible.add(last + 1)
-    units = [replace(u, covariance=i in eligible and _follows_covariance(u, pays)) for i, u in enumerate(chain.units)]
+    following = {i for i in eligible if _follows_covariance(chain.units[i], pays)}
+    if not following:
+        return chain
+    units = [replace(u, covariance=True) if i in following else u for i, u in enumerate(chain.units)]
     return replace(chain, units=tuple(units))
