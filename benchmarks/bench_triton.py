@@ -223,7 +223,7 @@ def csv_rows(
 def run_measured(counts: Iterable[Any], mode: str, repeats: int, results_file: str | None) -> int:
     """Check and time every launch; rows are appended as they come. 1 when an answer was wrong."""
     from resnet_fused.backends.triton import devices
-    from resnet_fused.backends.triton.trial import Clock
+    from resnet_fused.clock import Clock
 
     device = tune.gpu_to_measure()
     gpu, clock = devices.describe(device), Clock(device)

@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--labels", metavar="FILE", help="one label per line; default: torchvision's for ImageNet")
     predict.add_argument("--device", type=device_name, default="cpu")
 
-    tune = commands.add_parser("tune", help="measure the Triton kernels on this GPU, for the shapes of networks")
+    tune = commands.add_parser("tune", help="measure on this GPU what networks run, and keep the fastest")
     tune.add_argument("--model", type=model, nargs="+", default=["resnet50"], metavar="NAME")
     tune.add_argument("--batch", type=positive, default=256)
     tune.add_argument("--image-size", type=image_size, default=224)
@@ -87,6 +87,13 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--mode", choices=("train", "infer"), default="train")
     tune.add_argument("--table", metavar="JSON", help="entries are added; default: the user's table, which is in use")
     tune.add_argument("--kernel", nargs="+", metavar="NAME", help="only these, such as fprop1x1 gram; default: all")
+    tune.add_argument(
+        "--only",
+        choices=("kernels", "routes"),
+        nargs="+",
+        help="kernels: configurations of the Triton kernels; routes: which kernels run each chain, and whether any of ours; "
+        "default: both, or with --kernel the kernels",
+    )
     tune.add_argument(
         "--configs", type=positive, metavar="N", help="try the N that the cost model finds fastest; default: all"
     )
@@ -148,6 +155,7 @@ def _run(arguments: argparse.Namespace) -> int:
             table=arguments.table,
             kernels=arguments.kernel,
             most=arguments.configs,
+            only=arguments.only,
         )
     from . import predict
 

@@ -1,4 +1,7 @@
-"""``resnet-fused tune``: measures the Triton kernels on this GPU for networks, and keeps the best configurations in a table."""
+"""``resnet-fused tune``: measures on this GPU what networks run, and keeps what is fastest in a table.
+
+First the configurations of the Triton kernels, then with these the routes: which kernels run each chain.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
-from . import backends, models, networks
+from . import backends, clock, models, networks, routes, tables, tune_routes
 from .console import UsageError, print_table, progress_bar, warn
+from .routes import STOCK
 
 if TYPE_CHECKING:  # Triton may be absent
     from .backends.triton import devices
     from .backends.triton.recorder import Workload
-    from .backends.triton.trial import Clock, Trial
-    from .backends.triton.tuning import Config, Entry
+    from .backends.triton.trial import Trial
+    from .backends.triton.tuning import Config
+    from .backends.triton.tuning import Entry as ConfigEntry
 
 SAMPLES = 20
 
@@ -75,11 +81,11 @@ def tune_group(
     group: Group,
     gpu: devices.Device,
     device: torch.device,
-    clock: Clock,
+    timer: clock.Clock,
     path: Path | None,
     report: Callable[[str], None],
     most: int | None = None,
-) -> Entry:
+) -> ConfigEntry:
     """Measure one entry of the table and write it: the mean time of a launch, over all members.
 
     ``most`` configurations are tried, those first that the cost model finds fastest; None: all.
@@ -94,7 +100,7 @@ def tune_group(
     trials = {workload: Trial(workload, device) for workload in group.members}
 
     def microseconds(trial: Trial, config: Config) -> float:
-        sample = clock.prepare(lambda: trial.call(config))
+        sample = timer.prepare(lambda: trial.call(config))
         return statistics.median(sample() for _ in range(SAMPLES))
 
     return tuning.tune(
@@ -119,7 +125,7 @@ def describe_config(config: Config) -> str:
     return f"{config.block_m}×{config.block_n}×{config.block_k} w{config.warps} s{config.stages}"
 
 
-def _row(group: Group, entry: Entry, gpu: devices.Device) -> list[str]:
+def _row(group: Group, entry: ConfigEntry, gpu: devices.Device) -> list[str]:
     from .backends.triton import cost
 
     first = group.first
@@ -136,8 +142,7 @@ def _counts(
     from .workloads import workloads
 
     for name in names:
-        with torch.device("meta"):
-            network = models.BUILDERS[name]()
+        network = _on_meta(name)
         for own_conv3x3 in (True, False):
             yield from workloads(network, batch, image_size, networks.DTYPES[dtype], training, own_conv3x3).items()
 
@@ -146,7 +151,7 @@ def tune_all(
     todo: Sequence[Group],
     gpu: devices.Device,
     device: torch.device,
-    clock: Clock,
+    timer: clock.Clock,
     path: Path | None,
     most: int | None = None,
 ) -> tuple[list[list[str]], list[str]]:
@@ -165,7 +170,7 @@ def tune_all(
             for group in todo:
                 progress.update(task, description=f"{group.first.kernel} {describe_shape(group.first)}")
                 try:
-                    rows.append(_row(group, tune_group(group, gpu, device, clock, path, left_out.append, most), gpu))
+                    rows.append(_row(group, tune_group(group, gpu, device, timer, path, left_out.append, most), gpu))
                 except tuning.NothingWorks as error:
                     left_out.append(str(error))
                 progress.advance(task)
@@ -174,6 +179,85 @@ def tune_all(
             header = ["kernel", "shape", "configuration", "µs", "predicted µs", "of roofline"]
             print_table(f"{len(rows)} of {len(todo)} entries on {gpu.name}", header, rows, right=(3, 4, 5))
     return rows, left_out
+
+
+def tune_kernels(
+    names: Sequence[str],
+    batch: int,
+    image_size: int,
+    dtypes: Sequence[str],
+    training: bool,
+    device: torch.device,
+    path: Path,
+    kernels: Sequence[str] | None,
+    most: int | None,
+) -> bool:
+    """Configurations of the Triton kernels that the networks launch. Returns whether every entry found one."""
+    from .backends.triton import devices, tuning
+
+    gpu = devices.describe(device)
+    counts = [pair for dtype in dtypes for pair in _counts(names, batch, image_size, dtype, training)]
+    todo = groups(counts, gpu, kernels)
+    if not todo:
+        raise UsageError(f"--kernel: these networks launch no {' and no '.join(kernels or ())}")
+    rows, left_out = tune_all(todo, gpu, device, clock.Clock(device), path, most)
+    tuning.reload()  # routes are measured with what was found
+    for line in left_out:
+        warn(line)
+    print(f"{len(rows)} entries written to {path}")
+    return len(rows) == len(todo)
+
+
+def _route_row(name: str, entry: routes.Entry) -> list[str]:
+    stock = entry.us if entry.choice == STOCK else entry.others[STOCK]
+    return [name, f"{stock:.1f}", f"{entry.us:.1f}", f"{stock / entry.us:.2f}×", entry.choice]
+
+
+def tune_chains(
+    names: Sequence[str],
+    batch: int,
+    image_size: int,
+    dtypes: Sequence[str],
+    training: bool,
+    device: torch.device,
+    path: Path,
+) -> None:
+    """Routes of the chains of the networks, and of the residual addition alone."""
+    timer = clock.Clock(device)
+    rows: list[list[str]] = []
+    left_out: list[str] = []
+    cases = {
+        (case.name, dtype): case
+        for dtype in dtypes
+        for name in names
+        for case in tune_routes.chains(_on_meta(name), batch, image_size, networks.DTYPES[dtype], training)
+    }
+    try:
+        with progress_bar() as progress:
+            task = progress.add_task("routes", total=len(cases))
+            for (name, dtype), case in cases.items():
+                progress.update(task, description=name)
+                entry = tune_routes.tune_case(case, networks.DTYPES[dtype], device, timer, path, left_out.append)
+                rows.append(_route_row(f"{name} {dtype}", entry))
+                progress.advance(task)
+        for dtype in dtypes if training else ():
+            entry = tune_routes.tune_add_relu(batch, networks.DTYPES[dtype], device, timer, path, left_out.append)
+            rows.append(_route_row(f"add_relu {dtype}", entry))
+    finally:
+        if rows:
+            header = ["chain", "stock µs", "µs", "faster", "runs on"]
+            print_table(f"{len(rows)} routes", header, rows, right=(1, 2, 3))
+    for line in left_out:
+        warn(line)
+    print(f"{len(rows)} routes written to {path}")
+
+
+def _on_meta(name: str) -> nn.Module:
+    with torch.device("meta"):
+        return models.BUILDERS[name]()
+
+
+PARTS = ("kernels", "routes")
 
 
 def run(
@@ -186,30 +270,28 @@ def run(
     table: str | None = None,
     kernels: Sequence[str] | None = None,
     most: int | None = None,
+    only: Sequence[str] | None = None,
 ) -> int:
-    """Measure what the networks launch, and update the table; 1 when an entry found no configuration.
+    """Measure what the networks run, and update the table; 1 when an entry found no configuration.
 
-    Args as those of the command; ``most``: its ``--configs``, see ``tune_group``.
+    Args as those of the command; ``most``: its ``--configs``, see ``tune_group``; ``only``: of ``PARTS``, by default both, or
+    the kernels alone where ``kernels`` names some.
     """
+    parts = only or (PARTS if kernels is None else PARTS[:1])
     device = gpu_to_measure()
-    from .backends.triton import configs, devices, tuning
-    from .backends.triton.trial import Clock
+    from .backends.triton import configs
 
     for name in kernels or ():
         if name not in configs.KERNELS:
             raise UsageError(f"--kernel: unknown kernel {name!r}, expected one of {', '.join(configs.KERNELS)}")
-    path = tuning.user_table() if table is None else Path(table).expanduser()
+    path = tables.user_table() if table is None else Path(table).expanduser()
     if path.is_dir():
         raise UsageError(f"--table: {path} is a folder")
     if mode == "train" and batch * (image_size // 32) ** 2 < 2:
         raise UsageError("training needs more than one value per channel: a larger --batch or --image-size")
-    gpu = devices.describe(device)
-    counts = [pair for dtype in dtypes for pair in _counts(names, batch, image_size, dtype, mode == "train")]
-    todo = groups(counts, gpu, kernels)
-    if not todo:
-        raise UsageError(f"--kernel: these networks launch no {' and no '.join(kernels or ())}")
-    rows, left_out = tune_all(todo, gpu, device, Clock(device), path, most)
-    for line in left_out:
-        warn(line)
-    print(f"{len(rows)} entries written to {path}")
-    return 0 if len(rows) == len(todo) else 1
+    question = names, batch, image_size, dtypes, mode == "train", device, path
+    complete = tune_kernels(*question, kernels, most) if "kernels" in parts else True
+    if "routes" in parts:
+        tune_chains(*question)
+        routes.reload()
+    return 0 if complete else 1

@@ -155,7 +155,7 @@ def get(name: str) -> Kernels:
 
 
 def choose(device: torch.device) -> str:
-    """The backend for tensors on ``device`` that no route names: the user's choice, or under ``auto`` the fastest on any machine."""
+    """The backend for tensors on ``device`` that no route names: the user's choice, or under ``auto`` a safe one."""
     wish = current()
     if wish == "auto":
         return "cpu" if device.type == "cpu" and "cpu" in _KERNELS else "aten"

@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_workloads import NETWORKS
 
-from resnet_fused import bench, cli, models, networks, tables, tune
+from resnet_fused import bench, cli, clock, models, networks, tables, tune
 from resnet_fused.backends.triton import configs, cost, devices, trial, tuning
 from resnet_fused.workloads import workloads
 
@@ -43,7 +43,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     ranked, describe = cost.ranked, devices.describe
     monkeypatch.setattr(cost, "ranked", lambda *question: ranked(*question)[:2])
     monkeypatch.setattr(devices, "describe", lambda device: H200 if device == CPU else describe(device))
-    monkeypatch.setattr(trial, "Clock", MadeUpClock)
+    monkeypatch.setattr(clock, "Clock", MadeUpClock)
     monkeypatch.setattr(tune, "gpu_to_measure", lambda: CPU)
     monkeypatch.setattr(tune, "SAMPLES", 1)
     for name, network in (("resnet18", "basic"), ("resnet50", "bottleneck")):
@@ -52,7 +52,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path / "mine.json"
 
 
-SMALL = ["tune", "--batch", "2", "--image-size", "32"]
+SMALL = ["tune", "--only", "kernels", "--batch", "2", "--image-size", "32"]
 
 
 def test_an_entry_of_every_kernel(machine: Path, capsys: pytest.CaptureFixture):

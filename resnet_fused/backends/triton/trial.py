@@ -7,7 +7,7 @@ reference), and the same bits twice. What a kernel leaves unwritten holds NaN.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..aten import AtenKernels, pack_mask
 from ..operands import Below, NormGrad
-from . import configs, devices, tuning
+from . import configs, tuning
 from .configs import Config
 from .dispatch import TritonKernels
 from .launching import TF32_EPS
@@ -180,36 +180,3 @@ class Trial:
     def _expected_bytes(self, out: Tensor, stock: Tensor) -> Tensor:
         """Of a pooling, its winners; else the mask of the output at hand, which may differ from stock's by a rounding."""
         return stock if self.workload.kernel == "pool" else pack_mask(~(out <= 0))
-
-
-# Time
-
-
-class Clock:
-    """Microseconds of calls on a GPU. A call is a CUDA graph, so that the host's time does not count, and finds L2 flushed."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._flushed = torch.empty(4 * devices.describe(device).l2_bytes, dtype=torch.uint8, device=device)
-
-    def prepare(self, call: Callable[[], Any]) -> Callable[[], float]:
-        """A function that runs ``call`` once and returns its time in microseconds."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # what compiles or loads may not be captured
-            for _ in range(2):
-                call()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            call()
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-
-        def sample() -> float:
-            self._flushed.zero_()
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            return start.elapsed_time(end) * 1e3
-
-        return sample
