@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import folded_gpu, models, networks, routes
-from .console import print_table, progress_bar
+from . import clock, folded_gpu, models, networks, routes
+from .console import print_table, progress_bar, warn
 from .folded import FoldedConv2d
 from .folded_gpu import PROVIDERS, STOCK, Layer
 from .inference import InferenceModel, optimize_for_inference
 from .testing import max_error
 
-if TYPE_CHECKING:  # Triton may be absent
-    from .backends.triton.trial import Clock
-
 SAMPLES = 20
 _SLACK, _ULPS = 2.0, 2.0
+_ULPS_OF_FLOAT64 = 64.0  # whose reference is no better
 
 
 @dataclass(frozen=True)
@@ -113,28 +111,31 @@ class Trial:
 
     def wrong(self, names: Iterable[str]) -> dict[str, str]:
         """What is wrong with the results of those providers of which something is."""
-        names = list(names)
-        found: dict[str, str] = {}
         gold, stock = self._gold(), self.run(STOCK)
-        floor = _ULPS * torch.finfo(stock.dtype).eps * gold.abs().max().item()
+        ulps = _ULPS_OF_FLOAT64 if stock.dtype == torch.float64 else _ULPS
+        floor = ulps * torch.finfo(stock.dtype).eps * gold.abs().max().item()
         allowed = _SLACK * max_error(stock, gold) + floor
+        with self._not_finite():
+            gold_there, stock_there = self._gold(), self.run(STOCK)
+
+        def problem(name: str) -> str:
+            y = self.run(name)
+            if y.shape != gold.shape or y.dtype != stock.dtype:
+                return f"gives {tuple(y.shape)} in {y.dtype}, stock {tuple(stock.shape)} in {stock.dtype}"
+            if not max_error(y, gold) <= allowed:  # not if it is NaN
+                return f"wrong: error {max_error(y, gold):.1e}, allowed {allowed:.1e}"
+            with self._not_finite():
+                return _lost(self.run(name), gold_there, stock_there, PROVIDERS[name].spreads)
+
+        found = {}
         for name in names:
             try:
-                y = self.run(name)
-            except (RuntimeError, ValueError) as error:
-                found[name] = f"fails: {str(error).strip().splitlines()[0]}"
-                continue
-            if y.shape != gold.shape or y.dtype != stock.dtype:
-                found[name] = f"gives {tuple(y.shape)} in {y.dtype}, stock {tuple(stock.shape)} in {stock.dtype}"
-            elif not (error := max_error(y, gold)) <= allowed:  # not if it is NaN
-                found[name] = f"wrong: error {error:.1e}, allowed {allowed:.1e}"
-            elif not torch.equal(y, self.run(name)) and name != STOCK:
-                found[name] = "differs from run to run"
-        with self._not_finite():
-            gold, stock = self._gold(), self.run(STOCK)
-            for name in (name for name in names if name not in found):
-                if problem := _lost(self.run(name), gold, stock, PROVIDERS[name].spreads):
-                    found[name] = problem
+                if told := problem(name):
+                    found[name] = told
+            except torch.AcceleratorError:  # an illegal memory access, say: nothing runs in this process any more
+                raise
+            except Exception as error:  # of cuDNN, which has no engine for it, or of Triton
+                found[name] = f"fails: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         return found
 
 
@@ -142,8 +143,8 @@ def _lost(y: Tensor, gold: Tensor, stock: Tensor, spreads: bool) -> str:
     """What became of NaN and infinities in ``y``; "" where nothing is wrong. Stock may have more of them than float64 has."""
     if not y[gold.isnan()].isnan().all():
         return "wrong: NaN is lost"
-    infinite = gold.isinf()
-    if not ((y == gold) | y.isnan())[infinite].all() or (not spreads and y[infinite & (stock == gold)].isnan().any()):
+    kept = (y == gold) | (y.isnan() & (spreads | stock.isnan()))
+    if not kept[gold.isinf()].all():
         return "wrong: an infinity is lost"
     may_be = ~(gold.isfinite() & stock.isfinite())
     if spreads:
@@ -154,26 +155,16 @@ def _lost(y: Tensor, gold: Tensor, stock: Tensor, spreads: bool) -> str:
 # Times
 
 
-def measure(trial: Trial, names: Sequence[str], clock: Clock, samples: int = SAMPLES) -> dict[str, float]:
-    """Microseconds of each provider: medians of turns in one run."""
-    with torch.no_grad():
-        clocks = {name: clock.prepare(lambda name=name: trial.run(name)) for name in names}  # type: ignore[misc]
-        taken: dict[str, list[float]] = {name: [] for name in names}
-        for _ in range(samples):
-            for name, sample in clocks.items():
-                taken[name].append(sample())
-    return {name: statistics.median(times) for name, times in taken.items()}
-
-
-def tune(question: Question, clock: Clock, path: Path, report: Callable[[str], None]) -> routes.Entry:
+def tune(question: Question, timer: clock.Clock, path: Path, report: Callable[[str], None]) -> routes.Entry:
     """Measure one convolution, and write its route to the table at ``path``; ``report`` gets who is left out, and why."""
     with torch.no_grad():
         trial = Trial(question)
         names = trial.names()
-        wrong = trial.wrong(names)
+        wrong = trial.wrong(name for name in names if name != STOCK)
+        right = [name for name in names if name not in wrong]
+        times = clock.medians({name: timer.prepare(functools.partial(trial.run, name)) for name in right}, SAMPLES)
     for name, problem in wrong.items():
         report(f"{question.name}: {name} {problem}")
-    times = measure(trial, [name for name in names if name == STOCK or name not in wrong], clock)
     best = min(times, key=times.__getitem__)
     entry = routes.Entry(best, times.pop(best), times)
     routes.add(path, {question.key: entry})
@@ -181,21 +172,17 @@ def tune(question: Question, clock: Clock, path: Path, report: Callable[[str], N
 
 
 def _row(question: Question, entry: routes.Entry) -> list[str]:
-    stock = entry.others.get(STOCK, entry.us)
-    losers: Mapping[str, float] = {name: us for name, us in entry.others.items() if name != STOCK}
-    others = ", ".join(f"{name} {us:.1f}" for name, us in sorted(losers.items(), key=lambda pair: pair[1]))
-    return [question.name, entry.choice, f"{entry.us:.1f}", f"{stock:.1f}", f"{stock / entry.us:.2f}", others]
+    stock = entry.us if entry.choice == STOCK else entry.others[STOCK]
+    return [question.name, f"{stock:.1f}", f"{entry.us:.1f}", f"{stock / entry.us:.2f}×", entry.choice]
 
 
-def tune_network(network: nn.Module, x: Tensor, clock: Clock, path: Path, report: Callable[[str], None]) -> int:
+def tune_network(network: nn.Module, x: Tensor, timer: clock.Clock, path: Path) -> None:
     """Measure the folded convolutions of an optimised network on inputs like ``x``, and write their routes to the table.
 
     What is done stays in the table when this is interrupted, and is printed.
-
-    Returns:
-        How many convolutions were measured: those that are alike are measured once.
     """
     rows: list[list[str]] = []
+    left_out: list[str] = []
     with torch.no_grad():
         questions = collect(network, x)
     try:
@@ -203,32 +190,24 @@ def tune_network(network: nn.Module, x: Tensor, clock: Clock, path: Path, report
             task = progress.add_task("folded convolutions", total=len(questions))
             for question in questions:
                 progress.update(task, description=question.name)
-                rows.append(_row(question, tune(question, clock, path, report)))
+                rows.append(_row(question, tune(question, timer, path, left_out.append)))
                 progress.advance(task)
     finally:
         routes.reload()
         if rows:
-            header = ["folded convolution", "runs on", "µs", "stock µs", "stock / it", "others, µs"]
-            print_table(f"{len(rows)} of {len(questions)} folded convolutions", header, rows, right=(2, 3, 4))
-    return len(questions)
+            header = ["folded convolution", "stock µs", "µs", "faster", "runs on"]
+            print_table(f"{len(rows)} of {len(questions)} folded convolutions", header, rows, right=(1, 2, 3))
+        for line in left_out:
+            warn(line)
 
 
 def run(
-    names: Sequence[str],
-    batch: int,
-    image_size: int,
-    dtypes: Sequence[str],
-    device: torch.device,
-    clock: Clock,
-    path: Path,
-    report: Callable[[str], None],
-) -> int:
+    names: Sequence[str], batch: int, image_size: int, dtypes: Sequence[str], device: torch.device, path: Path
+) -> None:
     """``tune_network`` for networks by name; the arguments are those of the command."""
-    done = 0
+    timer = clock.Clock(device)
     for name in names:
-        for dtype in dtypes:
-            network = optimize_for_inference(models.BUILDERS[name]().to(device), networks.DTYPES[dtype])
-            x = torch.zeros(batch, 3, image_size, image_size, dtype=networks.DTYPES[dtype], device=device)
-            x = x.contiguous(memory_format=torch.channels_last)
-            done += tune_network(network, x, clock, path, report)
-    return done
+        for dtype in (networks.DTYPES[d] for d in dtypes):
+            network = optimize_for_inference(models.BUILDERS[name]().to(device), dtype)
+            x = torch.zeros(batch, 3, image_size, image_size, dtype=dtype, device=device)
+            tune_network(network, x.contiguous(memory_format=torch.channels_last), timer, path)
