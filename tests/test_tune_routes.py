@@ -180,7 +180,7 @@ def test_the_command(there, training, monkeypatch, tmp_path, capsys):
     table, shown = routes.read(tmp_path / "mine.json"), capsys.readouterr().out
     found = {key.split(" [")[1].split("]")[0] for key in table if "[" in key}
     assert len(found) == 6
-    assert {key.split()[0] for key in table} == {"train" if training else "forward"}
+    assert {key.split()[0] for key in table} == ({"train"} if training else {"forward", "folded"})
     assert f"routes written to {tmp_path / 'mine.json'}" in shown and "faster" in shown
     assert any(
         routed.SPACE_TO_DEPTH in entry.choice or routed.SPACE_TO_DEPTH in str(entry.others) for entry in table.values()
