@@ -83,7 +83,7 @@ class _Recorded:
     recorder: Recorder
 
     def __call__(self, inputs: Sequence[Tensor]) -> Any:
-        with self.recorder.turn():
+        with torch.no_grad(), self.recorder.turn():
             for own, given in zip(self.inputs, inputs, strict=True):
                 own.copy_(given)
             self.replay()
@@ -215,7 +215,7 @@ def captured(
         ValueError (by the function): a tensor of another shape, dtype or device.
     """
     made = recorder(inputs[0].device)
-    own = [torch.empty_like(t).copy_(t) for t in inputs]
+    own = [t.detach().clone() for t in inputs]
 
     def call() -> T:
         module.zero_grad(set_to_none=True)

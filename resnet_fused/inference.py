@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
-from . import backends
+from . import backends, routes
 from .convert import unfuse
 from .cuda_graphs import Graphs
 from .folded import FoldedConv2d
@@ -87,6 +87,7 @@ def _setting() -> tuple:
     convolutions: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
     return (
         backends.current(),
+        routes.reloads(),
         torch.are_deterministic_algorithms_enabled(),
         torch.backends.cudnn.enabled,
         torch.backends.cudnn.deterministic,
