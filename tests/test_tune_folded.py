@@ -155,6 +155,12 @@ def saturates(x: Tensor, layer: Layer, residual: Tensor | None) -> Tensor:
     return torch.where(y.isinf(), torch.finfo(y.dtype).max, y)
 
 
+def infinity_is_nan(x: Tensor, layer: Layer, residual: Tensor | None) -> Tensor:
+    """As a product of it with a zero is."""
+    y = right(x, layer, residual)
+    return torch.where(y.isinf(), float("nan"), y)
+
+
 def spreads_nan(x: Tensor, layer: Layer, residual: Tensor | None) -> Tensor:
     y = right(x, layer, residual)
     return torch.where(y.isfinite(), y + 0 * F.max_pool2d(y, 3, 1, 1), y)
@@ -182,6 +188,7 @@ def no_engine(x: Tensor, layer: Layer, residual: Tensor | None) -> Tensor:
     "wrong, told",
     [
         (drops_nan, "wrong: NaN is lost"), (saturates, "wrong: an infinity is lost"),
+        (infinity_is_nan, "wrong: an infinity is lost"),
         (spreads_nan, "wrong: NaN or an infinity where stock has a number"), (a_tile_wrong, "wrong: error"),
         (without_residual, "wrong: error"), (another_shape, "gives (2, 24, 4, 7)"),
         (no_engine, "fails: RuntimeError: GET was unable to find an engine"),
