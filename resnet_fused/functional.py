@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import dispatch, operators, reference
+from . import dispatch, operators, reference, routes
 from .plans.spec import Chain, Conv, Shortcut, Tail, Unit
 from .statistics import update_running
 
@@ -62,13 +62,6 @@ def _pair(name: str, value: int | tuple[int, int], least: int) -> tuple[int, int
     return pair  # type: ignore[return-value]
 
 
-def _run(x: Tensor, residual: Tensor | None, chain: Chain) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """The operator, or its plain formula under functorch, forward-mode AD and tracing."""
-    if dispatch.transforms_active(x) or x.numel() == 0:
-        return reference.chain(x, residual, chain), []
-    return operators.chain(x, residual, chain)
-
-
 def _bn_chain(
     x: Tensor,
     unit: Unit,
@@ -84,13 +77,20 @@ def _bn_chain(
     if unit.training:
         check_values_per_channel(out_shape)
     chain = Chain((unit,), shortcut, Tail.RELU if relu else Tail.NONE)
-    out, statistics = _run(x, None if identity else residual, chain)
-    if unit.training and running[0] is not None:
-        if not statistics:
+    residual = None if identity else residual
+    updates = unit.training and running[0] is not None
+    if dispatch.transforms_active(x) or x.numel() == 0:
+        if updates:
             raise NotImplementedError(
                 "training=True with running statistics is not available under torch.func, forward-mode AD or tracing, "
                 "or for an empty batch: pass running_mean=None, running_var=None, or use the modules"
             )
+        return reference.chain(x, residual, chain)
+    route = routes.of_chain(chain, x, x.dtype, operators.saves(x, residual, chain))
+    if route.backend == routes.STOCK and (running[0] is None) == (running[1] is None):
+        return reference.chain(x, residual, chain, running, momentum)
+    out, statistics = operators.chain(x, residual, chain, route)
+    if updates:
         mean, var = statistics[0]
         count = out_shape[0] * out_shape[2] * out_shape[3]
         update_running(running[0], mean.detach(), momentum)
@@ -129,7 +129,7 @@ def conv_bn_relu(
         momentum: weight of the batch in the running statistics; the running variance takes the unbiased one.
         relu: without it the sum is the result.
     Returns:
-        Tensor[N, K, P, Q] in channels_last.
+        Tensor[N, K, P, Q] in channels_last; where stock functions run (``routes``), in their layout.
     Raises:
         ValueError, TypeError: name the argument, what was expected and what came.
     Numerics: statistics in fp32 (fp64 for fp64) from the raw output as stored, merged in fp64; one rounding at the end.
@@ -241,6 +241,7 @@ def add_relu(a: Tensor, b: Tensor) -> Tensor:
     """
     _check_activation("a", a)
     _check_like("b", b, tuple(a.shape), a)
-    if dispatch.transforms_active(a) or a.numel() == 0:
+    route = routes.of_add_relu(a)
+    if dispatch.transforms_active(a) or a.numel() == 0 or route.backend == routes.STOCK:
         return reference.add_relu(a, b)
-    return operators.add_relu(a, b)
+    return operators.add_relu(a, b, route)

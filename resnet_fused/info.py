@@ -25,7 +25,7 @@ ENVIRONMENT = (
         "the best there is",
         "lowers the kernels' instruction set: baseline, avx2 or avx512",
     ),
-    ("RESNET_FUSED_TUNING_TABLE", "in the cache directory", "the user's table of measured Triton configurations"),
+    ("RESNET_FUSED_TUNING_TABLE", "in the cache directory", "the user's table of measured configurations and routes"),
     ("MAX_JOBS", "one per core", "build: compilers run at once"),
     ("DEBUG", "0", "build: 1 compiles with -O0 -g and assertions"),
     ("FORCE_CUDA", "0", "build: 1 makes a missing CUDA toolkit an error"),

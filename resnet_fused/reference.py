@@ -7,23 +7,27 @@ from torch.nn import functional as F
 
 from .plans.spec import Chain, Shortcut, Tail, Unit
 
+Running = tuple[Tensor | None, Tensor | None]
 
-def unit(x: Tensor, u: Unit) -> Tensor:
-    """Convolution and batch norm of one unit, without its ReLU."""
+
+def unit(x: Tensor, u: Unit, running: Running = (None, None), momentum: float = 0.0) -> Tensor:
+    """Convolution and batch norm of one unit, without its ReLU; in training ``running`` is updated."""
     if u.conv is not None:
         assert u.weight is not None
         c = u.conv
         bias = None if u.conv_bias is None else u.conv_bias.to(x.dtype)
         x = F.conv2d(x, u.weight.to(x.dtype), bias, c.stride, c.padding, c.dilation, c.groups)
-    statistics = (None, None) if u.training else (u.running_mean, u.running_var)
-    return F.batch_norm(x, *statistics, u.bn_weight, u.bn_bias, u.training, 0.0, u.eps)
+    statistics = running if u.training else (u.running_mean, u.running_var)
+    return F.batch_norm(x, *statistics, u.bn_weight, u.bn_bias, u.training, momentum, u.eps)
 
 
-def chain(x: Tensor, residual: Tensor | None, c: Chain) -> Tensor:
-    """The whole chain; running statistics are read, never updated."""
+def chain(
+    x: Tensor, residual: Tensor | None, c: Chain, running: Running = (None, None), momentum: float = 0.0
+) -> Tensor:
+    """The whole chain. ``running``: mean and variance, which a chain of one unit updates in training."""
     y = x
     for i, u in enumerate(c.path):
-        y = unit(y, u)
+        y = unit(y, u, running, momentum)
         if u.relu and i < len(c.path) - 1:
             y = F.relu(y)
     if c.shortcut == Shortcut.IDENTITY:

@@ -17,6 +17,7 @@ from . import backends, networks, operators, reference, routes
 from .backends import routed
 from .backends.cuda import convolves
 from .backends.operands import is_pointwise
+from .backends.recast import MatrixProducts
 from .clock import Clock, medians
 from .plans.choice import choose_plans
 from .plans.spec import Chain, Unit, unflatten
@@ -186,6 +187,8 @@ def options(unit: Unit, x: Tensor) -> list[str]:
         found.append(routed.TRITON)
     if routed.EXTENSION in there and convolves(x, weight.contiguous(memory_format=torch.channels_last), conv):
         found.append(routed.EXTENSION)
+    if MatrixProducts.applies(x, weight, conv):
+        found.append(routed.CUBLAS)
     if routed.SpaceToDepth.applies(x, weight, conv):
         found.append(routed.SPACE_TO_DEPTH)
     return [*found, routed.CUDNN]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterator
+from zlib import crc32
 
 import pytest
 import torch
@@ -24,7 +25,24 @@ else:
 torch.set_num_threads(1)  # the inputs are small; more threads only wait for each other
 
 
+def share_of(item: pytest.Item) -> int:
+    """n of the closest ``one_in(n)``."""
+    marker = item.get_closest_marker("one_in")
+    assert marker is not None
+    return marker.args[0]
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    shared: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("one_in") and "slow" not in item.keywords:
+            shared.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for cases in shared.values():
+        # In an order that has nothing to do with that of the parameters, so that all values of each take turns.
+        cases.sort(key=lambda item: crc32(item.nodeid.encode()))
+        for item in cases[-(-len(cases) // share_of(cases[0])) :]:
+            item.add_marker("slow")
     if "slow" in (config.option.markexpr or ""):
         return
     skip = pytest.mark.skip(reason="slow: run with -m slow")

@@ -62,15 +62,10 @@ def choose(monkeypatch: pytest.MonkeyPatch, name: str | None) -> list[str]:
     return keys
 
 
-CASES = [
-    pytest.param(geometry, epilogue, dtype, marks=[] if (i + j + k) % 4 == 0 else pytest.mark.slow)
-    for i, geometry in enumerate(GEOMETRIES)
-    for j, epilogue in enumerate(EPILOGUES)
-    for k, dtype in enumerate(DTYPES)
-]
-
-
-@pytest.mark.parametrize("geometry, epilogue, dtype", CASES, ids=str)
+@pytest.mark.one_in(4)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+@pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_providers(geometry, epilogue, dtype):
     cudnn = {"cudnn"} if EPILOGUES[epilogue][2] and dtype != torch.float64 else set()
     check(geometry, epilogue, dtype, cudnn | ({"space_to_depth"} if geometry == "stem" else set()))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import resnet_fused
 from resnet_fused import backends, cli, clock, models, routes, tables, tune, tune_routes
-from resnet_fused.backends import routed
+from resnet_fused.backends import recast, routed
 from resnet_fused.backends.aten import AtenKernels
 from resnet_fused.backends.operands import Conv
 from resnet_fused.backends.triton import devices
@@ -24,7 +24,7 @@ CPU, FP32 = torch.device("cpu"), torch.float32
 
 
 class Named(AtenKernels):
-    """A provider of formulas; ``slower``: all of it takes this much longer by the made-up clock."""
+    """A provider of formulas."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -52,9 +52,8 @@ class MadeUpClock:
 @pytest.fixture
 def there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[str, AtenKernels]]:
     """A GPU that is the processor, with three providers of formulas."""
-    found = {name: Named(name) for name in (routed.CUDNN, routed.TRITON)} | {
-        routed.SPACE_TO_DEPTH: routed.SpaceToDepth()
-    }
+    found = {name: Named(name) for name in (routed.CUDNN, routed.TRITON)}
+    found |= {routed.CUBLAS: recast.MatrixProducts(), routed.SPACE_TO_DEPTH: routed.SpaceToDepth()}
     monkeypatch.setattr(backends, "providers", lambda: found)
     monkeypatch.setattr(devices, "describe", lambda device: devices.DEVICES["H200"])
     monkeypatch.setattr(tune_routes, "_is_own_3x3", lambda x, weight, conv: conv.stride == (1, 1))
@@ -104,7 +103,7 @@ def test_the_search_finds_the_best_of_each_convolution(there):
     times = tune_routes.search(CASE.chain, X, made_up(us, 12.0, asked))
     best = min(times, key=times.__getitem__)
     assert routes.route_of(best) == Route(routed.name_of(wanted), False) and times[best] == 10
-    assert times[STOCK] == 12.0 and len(asked) == len(set(asked)) <= 8
+    assert times[STOCK] == 12.0 and len(asked) == len(set(asked)) <= 10
 
 
 def test_stock_wins_where_it_is_faster(there):
@@ -115,8 +114,9 @@ def test_stock_wins_where_it_is_faster(there):
 def test_covariance_is_measured_only_with_the_products_that_it_needs(there, monkeypatch):
     asked: list[str] = []
     del there[routed.TRITON]
+    assert tune_routes.options(CASE.chain.units[0], X) == [routed.CUBLAS, routed.CUDNN]
     tune_routes.search(CASE.chain, X, made_up(lambda found, covariance: 1.0, 2.0, asked))
-    assert asked == [STOCK, Route(routed.name_of(dict.fromkeys(CONVS, routed.CUDNN)), False).choice]
+    assert asked[0] == STOCK and not any(routes.route_of(choice).covariance for choice in asked[1:])
 
 
 def test_nothing_of_ours_works(there):

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 
 from .. import native
-from . import routed
+from . import recast, routed
 from .aten import AtenKernels
 from .cpu import CpuKernels
 from .cuda import CudaConvolutionKernels, CudaKernels, cuda_kernels
@@ -128,7 +128,8 @@ def providers() -> dict[str, Kernels]:
     """What a convolution of a GPU can run on here, by the names that routes have for it (``routed``).
 
     ``cudnn``: PyTorch's convolutions, with the passes over memory of the extension or, without it, of Triton. ``triton``: its
-    1×1 and 3×3. ``cuda``: the extension's. ``space_to_depth``: ``cudnn`` with the stem's 7×7 as a 4×4.
+    1×1 and 3×3. ``cuda``: the extension's. ``cublas`` and ``space_to_depth``: ``cudnn`` with 1×1 convolutions as products of
+    matrices, and with the stem's 7×7 as a 4×4.
     """
     has_triton, has_extension = "triton" in _KERNELS, "cuda" in _KERNELS
     found: dict[str, Kernels] = {}
@@ -140,7 +141,8 @@ def providers() -> dict[str, Kernels]:
         found.setdefault(routed.CUDNN, TritonPasses())
         found[routed.TRITON] = cuda_kernels(own_conv3x3=True) if has_extension else TritonKernels(own_conv3x3=True)
     base = type(found.setdefault(routed.CUDNN, AtenKernels()))
-    return found | {routed.SPACE_TO_DEPTH: type("SpaceToDepthKernels", (routed.SpaceToDepth, base), {})()}
+    recasts = {routed.CUBLAS: recast.MatrixProducts, routed.SPACE_TO_DEPTH: routed.SpaceToDepth}
+    return found | {name: type(f"{cls.__name__}Kernels", (cls, base), {})() for name, cls in recasts.items()}
 
 
 @functools.lru_cache(maxsize=1024)

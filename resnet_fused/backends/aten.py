@@ -60,7 +60,7 @@ def rows(x: Tensor, stride: tuple[int, int] = (1, 1)) -> Tensor:
     return x[:, :, :: stride[0], :: stride[1]].permute(0, 2, 3, 1).flatten(0, 2)
 
 
-def _images(matrix: Tensor, like: Tensor) -> Tensor:
+def images(matrix: Tensor, like: Tensor) -> Tensor:
     """The matrix ``[N·P·Q, C]`` as ``[N, C, P, Q]`` in channels_last, N, P and Q from ``like``."""
     n, _, p, q = like.shape
     return matrix.view(n, p, q, -1).permute(0, 3, 1, 2)
@@ -89,6 +89,10 @@ class AtenKernels(Kernels):
             dy, x, weight, None, conv.stride, conv.padding, conv.dilation, False, (0, 0), conv.groups, which
         )
 
+    def input_gradient(self, dy: Tensor, x: Tensor, weight: Tensor, conv: Conv) -> Tensor:
+        """``dgrad`` alone, in any layout."""
+        return self._conv_backward(dy, x, weight, conv, [True, False, False])[0]
+
     def dgrad(
         self,
         dy: Gradient,
@@ -98,9 +102,7 @@ class AtenKernels(Kernels):
         residual: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        dx = self._conv_backward(self.formed(dy), x, weight, conv, [True, False, False])[0].contiguous(
-            memory_format=torch.channels_last
-        )
+        dx = self.input_gradient(self.formed(dy), x, weight, conv).contiguous(memory_format=torch.channels_last)
         if residual is None:
             return dx
         if mask is None:
@@ -179,7 +181,7 @@ class AtenKernels(Kernels):
                 + rows(self.applied(feedback.a), conv.stride).to(dtype) @ coupling
                 + feedback.shift
             )
-        da = _images(da, grad)
+        da = images(da, grad)
         if acc is None:
             return da.to(grad.dtype)
         view = acc[:, :, :: conv.stride[0], :: conv.stride[1]]

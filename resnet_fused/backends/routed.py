@@ -20,7 +20,7 @@ from .kernels import Kernels
 from .operands import Below, Conv, Feedback, Gradient, NormGrad, Operand, Product
 
 PREFIX = "routed"
-CUDNN, TRITON, EXTENSION, SPACE_TO_DEPTH = "cudnn", "triton", "cuda", "space_to_depth"
+CUDNN, CUBLAS, TRITON, EXTENSION, SPACE_TO_DEPTH = "cudnn", "cublas", "triton", "cuda", "space_to_depth"
 LAZY = (TRITON, EXTENSION)  # whose kernels read pending operands; the first has the covariance plan's products too
 
 
@@ -176,21 +176,13 @@ class SpaceToDepth(AtenKernels):
             return super().fprop(x, weight, conv)
         return super().fprop(_deep(x, weight), _deep_filter(weight), Conv())
 
-    def dgrad(
-        self,
-        dy: Gradient,
-        x: Tensor,
-        weight: Tensor,
-        conv: Conv,
-        residual: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> Tensor:
-        if residual is not None or not self.applies(x, weight, conv):
-            return super().dgrad(dy, x, weight, conv, residual, mask)
+    def input_gradient(self, dy: Tensor, x: Tensor, weight: Tensor, conv: Conv) -> Tensor:
+        if not self.applies(x, weight, conv):
+            return super().input_gradient(dy, x, weight, conv)
         height, width, before = x.shape[2] // 2, x.shape[3] // 2, _before(weight)
-        deep = super().dgrad(dy, _deep(x, weight), _deep_filter(weight), Conv())
+        deep = super().input_gradient(dy, _deep(x, weight), _deep_filter(weight), Conv())
         inner = deep[:, : 4 * x.shape[1], before : before + height, before : before + width]
-        return torch.nn.functional.pixel_shuffle(inner, 2).contiguous(memory_format=torch.channels_last)
+        return torch.nn.functional.pixel_shuffle(inner, 2)
 
     def wgrad(self, dy: Gradient, x: Operand, weight: Tensor, conv: Conv) -> Tensor:
         x = self.applied(x)

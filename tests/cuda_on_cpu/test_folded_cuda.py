@@ -21,15 +21,10 @@ def gpu(monkeypatch: pytest.MonkeyPatch, cuda: EmulatedCuda, cuda_convolutions: 
     routes.reload()
 
 
-CASES = [
-    pytest.param(geometry, epilogue, dtype, marks=[] if (i + j + k) % 6 == 0 else pytest.mark.slow)
-    for i, geometry in enumerate(GEOMETRIES)
-    for j, epilogue in enumerate(EPILOGUES)
-    for k, dtype in enumerate(DTYPES)
-]
-
-
-@pytest.mark.parametrize("geometry, epilogue, dtype", CASES, ids=str)
+@pytest.mark.one_in(6)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+@pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_providers(geometry, epilogue, dtype):
     expected = {"cudnn"} if EPILOGUES[epilogue][2] and dtype != torch.float64 else set()
     expected |= {"cuda"} if geometry in OURS and dtype in HALF else set()
