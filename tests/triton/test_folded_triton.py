@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from folded_cases import EPILOGUES, as_on_a_gpu, check, check_network
 
 from resnet_fused import routes
