@@ -294,7 +294,7 @@ def test_empty_tensors(shape):
     assert cpu.bn_relu_maxpool_backward(pooled, index, case.x, case.mean, case.coefficients).shape == shape
 
 
-@pytest.mark.parametrize("capability", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("capability", ["baseline", pytest.param("avx2", marks=pytest.mark.slow), "avx512"])
 def test_every_instruction_set_that_runs_here(capability):
     info = native.build_info()
     if not info:

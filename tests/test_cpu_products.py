@@ -463,7 +463,9 @@ def test_bad_arguments_are_named(message):
         bad_calls()[message]()
 
 
-@pytest.mark.parametrize("capability", ["baseline", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize(
+    "capability", ["baseline", pytest.param("avx2", marks=pytest.mark.slow), "avx512", "avx512_bf16"]
+)
 def test_every_instruction_set_that_runs_here(capability):
     info = native.build_info()
     if not info:

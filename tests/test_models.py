@@ -19,7 +19,7 @@ from resnet_fused.testing import import_torchvision
 torchvision = import_torchvision()
 tv = torchvision.models
 BUILDERS = list(models.BUILDERS)
-FAST = ["resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2"]
+FAST = ["resnet18", "resnet50", "resnext50_32x4d"]
 every_builder = pytest.mark.parametrize("name", BUILDERS)
 
 

@@ -18,7 +18,11 @@ ATEN = AtenKernels()
 SHAPES = [(2, 3, 5, 7), (1, 17, 3, 3), (2, 40, 4, 6), (3, 264, 3, 5), (1, 1, 1, 9)]
 
 
-CASES = [(dtype, shape, layout) for dtype in DTYPES for shape in SHAPES for layout in LAYOUTS]
+# Of planes a block has one channel: 264 of them are no other case than 40, and take long.
+LAID_OUT = [
+    (shape, layout) for shape in SHAPES for layout in LAYOUTS if shape[1] < 264 or layout == torch.channels_last
+]
+CASES = [(dtype, shape, layout) for dtype in DTYPES for shape, layout in LAID_OUT]
 every_case = pytest.mark.parametrize("dtype, shape, layout", CASES, ids=name_of)
 
 

@@ -16,6 +16,8 @@ from resnet_fused.backends.operands import Conv, Pending, PendingGrad
 from resnet_fused.backends.triton import bn, conv3x3, pool, products
 from resnet_fused.backends.triton.dispatch import takes
 
+pytestmark = pytest.mark.one_in(3)
+
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("name", BLOCKS)
@@ -30,7 +32,7 @@ def test_training_with_cudnns_conv3x3(name: str, monkeypatch: pytest.MonkeyPatch
 
 
 # The kernels do not tell float16 from bfloat16, and the blocks above run in both.
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("training", [pytest.param(True, marks=pytest.mark.slow), False], ids=["train", "eval"])
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str
 )
@@ -38,6 +40,7 @@ def test_a_whole_network(training: bool, dtype: torch.dtype) -> None:
     check_network(training, dtype, "triton")
 
 
+@pytest.mark.slow
 def test_steps_under_autocast() -> None:
     model = resnet_fused.fuse(narrow_network())
     optimizer = torch.optim.SGD(model.parameters(), 0.05)

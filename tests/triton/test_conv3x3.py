@@ -21,6 +21,8 @@ from resnet_fused.backends.triton import conv3x3
 from resnet_fused.backends.triton.tuning import Config
 from resnet_fused.testing import assert_as_accurate
 
+pytestmark = pytest.mark.one_in(3)
+
 SMALL, WIDE, TALL = Config(16, 16, 16, 4, 1), Config(16, 32, 32, 4, 1), Config(64, 16, 16, 4, 1)
 # (N, C, H, W, K) and tiles: a ragged last tile of everything; one tile of channels; fewer rows than a tile.
 CASES = {
@@ -150,6 +152,7 @@ def check_wgrad(t: ModuleType, dtype, shape=ONE, config=SMALL, gradient="pending
     assert_as_accurate(dweight, stock[1], gold[1], rows=n * h * w)
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("case", CASES)
 def test_shapes(dtype: torch.dtype, case: str) -> None:
     shape, config = CASES[case]

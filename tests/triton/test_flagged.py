@@ -19,6 +19,8 @@ from resnet_fused.backends.operands import Conv, filter_matrix
 from resnet_fused.backends.triton import dispatch, flagged, launching
 from resnet_fused.testing import assert_as_accurate
 
+pytestmark = pytest.mark.one_in(3)
+
 SWEEP = sweep()
 
 
@@ -96,6 +98,7 @@ HARD = [
 ]
 
 
+@pytest.mark.one_in(9)
 @pytest.mark.parametrize(("point", "dtype"), HARD, ids=[f"{'-'.join(point)}-{str(dtype)[6:]}" for point, dtype in HARD])
 def test_the_plan_is_as_accurate_as_stock(point, dtype):
     with resnet_fused.backend("triton"):

@@ -37,6 +37,8 @@ from resnet_fused.backends.triton.launching import described
 from resnet_fused.backends.triton.tuning import Config
 from resnet_fused.statistics import coupling_shift
 
+pytestmark = pytest.mark.one_in(3)
+
 SMALL = Config(16, 16, 16, 4, 1)
 WIDE = Config(32, 16, 32, 4, 1)
 

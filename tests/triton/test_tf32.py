@@ -25,6 +25,8 @@ from resnet_fused.backends.triton import configs, conv3x3, cross_products, devic
 from resnet_fused.backends.triton.launching import product_precision
 from resnet_fused.workloads import workloads
 
+pytestmark = pytest.mark.one_in(3)
+
 FP32 = torch.float32
 SETTING = torch.backends.cudnn
 
@@ -127,6 +129,7 @@ def test_the_interpreter_rounds(monkeypatch):
 HARD = [key for key in SWEEP if key[0] != "γ"]
 
 
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("point", HARD, ids=["-".join(point) for point in HARD])
 def test_the_covariance_plan(tf32, point):
     case = SWEEP[point]

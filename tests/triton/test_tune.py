@@ -55,6 +55,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 SMALL = ["tune", "--only", "kernels", "--batch", "2", "--image-size", "32"]
 
 
+@pytest.mark.slow
 def test_an_entry_of_every_kernel(machine: Path, capsys: pytest.CaptureFixture):
     assert cli.main([*SMALL, "--model", "resnet50", "resnet18"]) == 0
     table, shown = tuning.read(machine), capsys.readouterr().out
@@ -185,6 +186,7 @@ def bench_triton(monkeypatch: pytest.MonkeyPatch):
     return module
 
 
+@pytest.mark.slow
 def test_measured_rows(machine: Path, bench_triton, tmp_path: Path, capsys, monkeypatch):
     counts = list(workloads(NETWORKS["bottleneck"](), 2, 32, BF16, True))[:12]
     rows = tmp_path / "rows.csv"
