@@ -23,10 +23,11 @@ from gpu_time import Bound, Clock, launches, peak, roofline_share
 from network_units import read_network
 from torch import nn
 
-from resnet_fused import bench, info, networks
+from resnet_fused import info, networks
 from resnet_fused.arguments import Parser, positive
 from resnet_fused.backends.cuda import CudaConvolutionKernels, CudaKernels
 from resnet_fused.console import print_table, progress_bar, warn
+from resnet_fused.result_file import append_csv
 
 OURS, AGAIN, EAGER = "cuda", "cuda again", ", eager"
 COPY, FORMULAS, CUDNN = "copy", "formulas", "cudnn+passes"
@@ -212,7 +213,7 @@ def count_launches(contests: Sequence[Contest], kernels: CudaConvolutionKernels,
 
 
 def csv_rows(contest: Contest, dtype: str, device: str, bound: Bound) -> list[dict[str, Any]]:
-    """With the columns of ``bench.COLUMNS``, a row for each contestant."""
+    """With the columns of ``result_file.COLUMNS``, a row for each contestant."""
     found, case = info.versions(), contest.case
     fixed = {
         "op": case.name,
@@ -317,7 +318,7 @@ def run(options: argparse.Namespace, kernels: CudaConvolutionKernels, device: to
                 contest.case = dataclasses.replace(case, arguments=())
             contests.append(contest)
             if options.results_file and on_gpu:
-                bench.append_csv(options.results_file, csv_rows(contest, options.dtype, name, bound))
+                append_csv(options.results_file, csv_rows(contest, options.dtype, name, bound))
     count_launches(contests, kernels, device)
     print(f"CUDA kernels on {name}, {options.dtype}, commit {info.commit()}:")
     print_all(contests, bound)

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from resnet_fused import bench, info, models, networks, tune
+from resnet_fused import info, models, networks, tune
 from resnet_fused.arguments import Parser, image_size, one_of, positive
 from resnet_fused.backends.aten import rows
 from resnet_fused.backends.operands import Conv, Pending, PendingGrad
 from resnet_fused.console import UsageError, print_table, progress_bar, warn
+from resnet_fused.result_file import append_csv
 
 FAMILIES = {
     "gemm": ("fprop1x1", "dgrad1x1", "wgrad1x1", "gram"),
@@ -193,7 +194,7 @@ def measure(workload: Any, device: torch.device, clock: Any, repeats: int) -> tu
 def csv_rows(
     workload: Any, samples: dict[str, list[float]], accuracy: Any, mode: str, gpu: Any
 ) -> list[dict[str, Any]]:
-    """With the columns of ``bench.COLUMNS``, a row for each provider."""
+    """With the columns of ``result_file.COLUMNS``, a row for each provider."""
     found = info.versions()
     fixed = {
         "op": f"{workload.kernel} {workload.method}",
@@ -240,7 +241,7 @@ def run_measured(counts: Iterable[Any], mode: str, repeats: int, results_file: s
             found = csv_rows(workload, samples, accuracy, mode, gpu)
             made += found
             if results_file:
-                bench.append_csv(results_file, found)
+                append_csv(results_file, found)
             progress.advance(task)
     columns = ("op", "provider", "shape", "p50_ms", "gb_per_s", "tflop_per_s", "fraction_of_roofline", "ratio_to_stock")
     rows_shown = [[row.get(column, "") for column in columns] for row in made]
