@@ -73,7 +73,7 @@ class Need:
 
 
 def _loss(model: nn.Module, x: Tensor, target: Tensor, dtype: torch.dtype) -> Tensor:
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+    with torch.autocast(x.device.type, dtype, enabled=dtype.itemsize == 2):
         out = model(x)
     return F.cross_entropy(out.float(), target)
 

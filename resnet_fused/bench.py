@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -124,11 +123,11 @@ def measure(
         for provider in ready.values():
             provider.step(batch)
         _time_in_turns(contestants, batch, results, repeats, step)
+    names = list(ready)
+    ready.clear()
+    contestants.clear()
+    providers.release(setting.device)
     if memory:
-        names = list(ready)
-        ready.clear()
-        contestants.clear()
-        _release(setting)
         for name in names:
             step(f"memory of {name}")
             results[name].peak_mib = peak_memory.measure(name, setting)
@@ -159,14 +158,6 @@ def _time_in_turns(
         for name in order[shift:] + order[:shift]:
             call = contestants[name]
             results[name].samples_ms.append(timed_ms(call, batch, loops[name]))
-
-
-def _release(setting: Setting) -> None:
-    """Give the GPU's memory back, which the processes that weigh need."""
-    if torch.device(setting.device).type == "cuda":
-        torch._dynamo.reset()  # the memory of its graphs
-        gc.collect()
-        torch.cuda.empty_cache()
 
 
 def _columns(result: Result, stock: Result, setting: Setting) -> list[str]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import importlib.util
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -105,6 +107,16 @@ def compiled(network: nn.Module, mode: str, compiler_mode: str | None = None) ->
     # As a global setting: dynamo asks it too, and takes weights for inputs where only the compiler's options say it.
     inductor.freezing = mode == "infer"
     return torch.compile(network, mode=compiler_mode, dynamic=False)  # type: ignore[return-value]
+
+
+def release(device: str | torch.device) -> None:
+    """Give back what networks that are gone have left: compiled code, of which torch.compile keeps only so much before it
+    stops compiling, and memory of a GPU."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+    if torch.device(device).type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 @dataclass(frozen=True)

@@ -52,12 +52,21 @@ def key_of(row: dict[str, Any]) -> Key:
     return row["op"], row["mode"], row["shape"], row["dtype"]
 
 
-def measured(path: str | None, device: str) -> set[Key]:
-    """What the rows of a results file (None, or not there: no rows) have measured on ``device``."""
+def measured(path: str | None, device: str, provider: str | None = None) -> set[Key]:
+    """What the rows of a results file (None, or not there: no rows) have measured on ``device``; of one provider, or of any."""
+    return {
+        key_of(row)
+        for row in read(path)
+        if row["device"] == device and (provider is None or row["provider"] == provider)
+    }
+
+
+def read(path: str | Path | None) -> list[dict[str, str]]:
+    """The rows, oldest first; none where there is no file."""
     if path is None or not Path(path).exists():
-        return set()
+        return []
     with open(path, newline="", encoding="utf-8") as file:
-        return {key_of(row) for row in csv.DictReader(file) if row["device"] == device}
+        return list(csv.DictReader(file))
 
 
 def check_results_file(path: str | None) -> None:

@@ -181,3 +181,14 @@ def test_where_they_cannot_run(script: ModuleType, name: str | None, told: str, 
         script.main([] if name is None else ["--backend", name])
     shown = capsys.readouterr().err
     assert ended.value.code == 2 and told in shown and shown.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["gpu"], indirect=True)
+def test_a_dry_run_takes_the_emulated_operators(
+    script: ModuleType, cuda_convolutions: EmulatedConvolutions, tmp_path: Path, monkeypatch, capsys
+):
+    monkeypatch.setattr(script.tempfile, "mkdtemp", lambda prefix: str(tmp_path))
+    assert script.main(["--dry-run", "--only", "correctness", "kernels", "--model", "resnet18"]) == 0
+    shown = capsys.readouterr().out
+    assert "correctness: operators of the CUDA extension" in shown and "kernels: CUDA kernels, fold" in shown
