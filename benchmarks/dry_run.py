@@ -50,8 +50,10 @@ def emulated_graphs() -> Iterator[None]:
     stream = mock.MagicMock()
     replaced = {
         "CUDAGraph": Graph,
-        "graph": lambda graph: graph,
+        "graph": lambda graph, pool: graph,
+        "graph_pool_handle": lambda: None,
         "device": lambda device: nullcontext(),
+        "empty_cache": lambda: None,
         "Stream": lambda: stream,
         "stream": lambda stream: nullcontext(),
         "current_stream": lambda: stream,

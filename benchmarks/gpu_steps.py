@@ -118,8 +118,9 @@ def _correctness(plan: Plan, left_out: Callable[[str], None]) -> Iterator[Step]:
     if name is None:
         left_out(f"operators of the CUDA extension: {reason}")
     if (HERE / "check_gpu.py").exists():
-        yield Step(CORRECTNESS, "whole behaviours", "check_gpu", ("--device", plan.device))
-    models = plan.models[:1] if plan.tiny else [model for model in ("resnet18", "resnet50") if model in plan.models]
+        small = ["--small", "--only", "odd inputs", "--backend", "auto"] if plan.tiny else []
+        yield Step(CORRECTNESS, "whole behaviours", "check_gpu", ("--device", plan.device, *small))
+    models = [model for model in ("resnet18", "resnet50") if model in plan.models and not plan.tiny] or plan.models[:1]
     dtypes = ("fp32",) if plan.tiny else ("fp32", "bf16", "fp16")
     verify = ["verify", "--device", plan.device, "--model", *models, "--dtype", *dtypes]
     for backend in ("aten",) if plan.tiny else ("auto", *(b for b in ("cuda", "triton") if b not in _missing())):

@@ -115,13 +115,19 @@ def measure(
     with providers.searched_convolutions():
         results, ready = _prepare(names, source, setting, x, step)
         batch = providers.batch_for(setting, x)
+        step("warm-up")
+        for name in list(ready):
+            try:
+                ready[name].step(batch)
+            except torch.OutOfMemoryError:
+                if name == providers.STOCK:
+                    raise
+                results[name].problem = "out of memory beside the others"
+                del ready[name]
         contestants = {name: provider.step for name, provider in ready.items()}
         for name in again(fused_times) if FUSED in ready else ():
             contestants[name] = ready[FUSED].step
             results[name] = Result(name, results[FUSED].error)
-        step("warm-up")
-        for provider in ready.values():
-            provider.step(batch)
         _time_in_turns(contestants, batch, results, repeats, step)
     names = list(ready)
     ready.clear()

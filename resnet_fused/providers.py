@@ -119,6 +119,12 @@ def release(device: str | torch.device) -> None:
         torch.cuda.empty_cache()
 
 
+@functools.cache
+def _pool() -> tuple[int, int]:
+    """The memory of all graphs: they are replayed one after another, and what one keeps is never another's."""
+    return torch.cuda.graph_pool_handle()
+
+
 @dataclass(frozen=True)
 class _Graph:
     graph: torch.cuda.CUDAGraph
@@ -162,9 +168,10 @@ class Captured:
             for _ in range(WARM_UP):
                 self._step(x)
         torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.empty_cache()  # what the side stream's allocations have left
         self._attach([None] * len(self._parameters))  # so that the backward allocates them within the graph
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=_pool()):
             out = self._step(x)
         return _Graph(graph, x, out, [parameter.grad for parameter in self._parameters])
 
