@@ -4,9 +4,10 @@
 ``stock``            PyTorch's convolution, addition and ReLU: a launch each
 ``cudnn``            cuDNN's convolution with all of it as epilogue, where a ReLU follows
 ``passes``           the convolution without bias, and one pass over its output for the rest
+``cublas``           1×1 without stride as a product of matrices (``backends.recast.MatrixProducts``), and one pass for the rest
 ``triton``           1×1 by Triton, the rest as epilogue
 ``cuda``             1×1 and 3×3 in half precision by the CUDA extension, the rest as epilogue
-``space_to_depth``   the stem's 7×7 as a 4×4 (``backends.routed.SpaceToDepth``), and one pass for the rest
+``space_to_depth``   the stem's 7×7 as a 4×4 (``backends.recast.SpaceToDepth``), and one pass for the rest
 ===================  ============================================================================================
 
 Under ``auto`` the one that was measured to be fastest (``routes``, ``tune_folded``), else ``stock``. Under the backends
@@ -24,13 +25,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import backends, cuda_graphs, routes
-from .backends import routed
+from .backends import recast, routed
 from .backends.cuda import convolves
 from .backends.operands import Conv, Product, acc_dtype, is_pointwise
 from .dispatch import transforms_active
 from .routes import STOCK
 
-CUDNN, PASSES, TRITON, CUDA, SPACE_TO_DEPTH = "cudnn", "passes", "triton", "cuda", "space_to_depth"
+CUDNN, PASSES, CUBLAS, TRITON, CUDA, SPACE_TO_DEPTH = "cudnn", "passes", "cublas", "triton", "cuda", "space_to_depth"
 _MOST_CHOICES = 64
 _MOST_ELEMENTS = 2**31  # that cuDNN counts
 
@@ -78,7 +79,7 @@ class Layer:
     @property
     def deep_weight(self) -> Tensor:
         """The filter for an image whose pixels went to channels."""
-        return self._once("deep_weight", lambda: routed._deep_filter(self.weight))
+        return self._once("deep_weight", lambda: recast.deep_filter(self.weight))
 
     def describe(self, has_residual: bool) -> str:
         """What it computes, for a key."""
@@ -144,9 +145,21 @@ def _passed(y: Tensor, layer: Layer, residual: Tensor | None) -> Tensor:
     return y
 
 
-def _passes(x: Tensor, layer: Layer, residual: Tensor | None) -> Tensor:
-    y = backends.providers()[routed.CUDNN].fprop(x, layer.weight, layer.conv)
+def _convolved_and_passed(provider: str, x: Tensor, layer: Layer, residual: Tensor | None) -> Tensor:
+    y = backends.providers()[provider].fprop(x, layer.weight, layer.conv)
     return _passed(y.contiguous(memory_format=torch.channels_last), layer, residual)
+
+
+def _passes(x: Tensor, layer: Layer, residual: Tensor | None) -> Tensor:
+    return _convolved_and_passed(routed.CUDNN, x, layer, residual)
+
+
+def _cublas(x: Tensor, layer: Layer, residual: Tensor | None) -> Tensor:
+    return _convolved_and_passed(routed.CUBLAS, x, layer, residual)
+
+
+def _cublas_applies(x: Tensor, layer: Layer) -> bool:
+    return routed.CUBLAS in backends.providers() and recast.MatrixProducts.applies(x, layer.weight, layer.conv)
 
 
 def _product(provider: str, x: Tensor, layer: Layer, residual: Tensor | None) -> Tensor:
@@ -177,7 +190,7 @@ def _cuda_applies(x: Tensor, layer: Layer) -> bool:
 
 
 def _space_to_depth(x: Tensor, layer: Layer, residual: Tensor | None) -> Tensor:
-    y = F.conv2d(routed._deep(x, layer.weight), layer.deep_weight)
+    y = F.conv2d(recast.deep_image(x, layer.weight), layer.deep_weight)
     return _passed(y.contiguous(memory_format=torch.channels_last), layer, residual)
 
 
@@ -185,10 +198,11 @@ PROVIDERS = {
     STOCK: Provider(lambda x, layer: True, _stock),
     CUDNN: Provider(_epilogue_of_cudnn_applies, _epilogue_of_cudnn),
     PASSES: Provider(lambda x, layer: True, _passes),
+    CUBLAS: Provider(_cublas_applies, _cublas),
     TRITON: Provider(_triton_applies, _triton),
     CUDA: Provider(_cuda_applies, _cuda),
     SPACE_TO_DEPTH: Provider(
-        lambda x, layer: routed.SpaceToDepth.applies(x, layer.weight, layer.conv), _space_to_depth, spreads=True
+        lambda x, layer: recast.SpaceToDepth.applies(x, layer.weight, layer.conv), _space_to_depth, spreads=True
     ),
 }
 

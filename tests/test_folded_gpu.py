@@ -235,8 +235,8 @@ def test_the_deep_filter_is_made_once(monkeypatch):
     made, _ = (
         [],
         monkeypatch.setattr(
-            "resnet_fused.backends.routed._deep_filter",
-            lambda w, of=folded_gpu.routed._deep_filter: made.append(w) or of(w),
+            "resnet_fused.backends.recast.deep_filter",
+            lambda w, of=folded_gpu.recast.deep_filter: made.append(w) or of(w),
         ),
     )
     choose(monkeypatch, "space_to_depth")

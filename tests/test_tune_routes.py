@@ -53,7 +53,7 @@ class MadeUpClock:
 def there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[str, AtenKernels]]:
     """A GPU that is the processor, with three providers of formulas."""
     found = {name: Named(name) for name in (routed.CUDNN, routed.TRITON)}
-    found |= {routed.CUBLAS: recast.MatrixProducts(), routed.SPACE_TO_DEPTH: routed.SpaceToDepth()}
+    found |= {routed.CUBLAS: recast.MatrixProducts(), routed.SPACE_TO_DEPTH: recast.SpaceToDepth()}
     monkeypatch.setattr(backends, "providers", lambda: found)
     monkeypatch.setattr(devices, "describe", lambda device: devices.DEVICES["H200"])
     monkeypatch.setattr(tune_routes, "_is_own_3x3", lambda x, weight, conv: conv.stride == (1, 1))
