@@ -27,7 +27,9 @@ def transforms_active(x: Any) -> bool:
         return True
     if torch.jit.is_scripting() or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
         return True
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    # Not "is not None": torch.compile has an object of NoneType here, which it takes for something else than None.
+    functorch = isinstance(torch._C._functorch.peek_interpreter_stack(), torch._C._functorch.CInterpreter)
+    return functorch or forward_ad._current_level >= 0
 
 
 def any_global_hooks() -> bool:

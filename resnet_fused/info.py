@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import backends, native
+from . import backends, native, routes, tables
 from .console import print_table
 from .version import __version__
 
@@ -90,6 +90,42 @@ def device_name(device: str) -> str:
     return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else processor()
 
 
+def chosen(device: torch.device) -> str:
+    """What runs tensors on ``device``, in words."""
+    if routes.applies(device):
+        return "as measured, else stock modules"
+    return backends.choose(device)
+
+
+def _tables() -> dict[str, str]:
+    """The files of measured choices, and what is in them."""
+
+    def counted(text: str) -> str:
+        found = tables.parse(text)
+        return f"{len(routes.parse(text))} routes, {len(found['entries'])} Triton configurations"
+
+    return {str(path): tables.state(path, counted) for path in (tables.SHIPPED_TABLE, tables.user_table())}
+
+
+def _measured(device: torch.device) -> str:
+    """What the tables hold for a GPU, and what follows from it."""
+    found = routes.of_device(device)
+    chains = [entry.choice for key, entry in found.items() if key.startswith(routes.KINDS)]
+    problems = [why for choice in chains if (why := routes.problem(choice))]
+    told = f"{len(found)} routes"
+    if problems:
+        told += f", of which {len(problems)} cannot be taken ({problems[0]}),"
+    if "triton" in backends.available_backends():
+        from .backends.triton import devices, tuning
+
+        told += f" and {len(tuning.of_device(devices.describe(device)))} Triton configurations"
+    told += " for this GPU; "
+    if not routes.applies(device):
+        return told + f"routes are not asked: the backend is {backends.current()!r}"
+    others = "everything else" if len(found) > len(problems) else "everything"
+    return f"{told}{others} runs as stock PyTorch modules (resnet-fused tune measures)"
+
+
 def collect() -> dict[str, Any]:
     """Everything that ``info`` shows, as plain values."""
     cpuinfo = _cpuinfo()
@@ -101,7 +137,9 @@ def collect() -> dict[str, Any]:
         "versions": versions(),
         "platform": platform.platform(),
         "backends": dict.fromkeys(backends.available_backends(), "available") | backends.unavailable_backends(),
-        "chosen": {kind: backends.choose(torch.device(kind)) for kind in ["cpu", *(["cuda"] if gpus else [])]},
+        "chosen": {kind: chosen(torch.device(kind)) for kind in ["cpu", *(["cuda"] if gpus else [])]},
+        "tables": _tables(),
+        "measured": {name: _measured(torch.device("cuda", i)) for i, name in enumerate(gpus)},
         "device": {
             "processor": processor(),
             "cores": os.cpu_count(),
@@ -135,6 +173,10 @@ def run(as_json: bool = False) -> int:
         used = [kind for kind, choice in chosen.items() if choice == name]
         rows.append((name, state + (f", in use on {', '.join(used)}" if used else "")))
     print_table("backends", ["", ""], rows)
+    measured = [*found["tables"].items(), *found["measured"].items()]
+    if "cuda" in chosen:
+        measured.append(("GPU tensors run", chosen["cuda"]))
+    print_table("measured choices", ["", ""], measured)
     print_table("device", ["", ""], [(key, _text(value)) for key, value in found["device"].items()])
     print_table("compiled library", ["", ""], [(key, _text(value)) for key, value in found["library"].items()])
     print_table(

@@ -73,21 +73,20 @@ def _update_statistics(
     backend: str, bn: nn.BatchNorm2d, conv: nn.Conv2d | None, mean: Tensor, var: Tensor, count: int
 ) -> None:
     """Running statistics and ``num_batches_tracked`` as ``nn.BatchNorm2d`` keeps them; ``var`` is biased."""
-    with torch.no_grad():
-        batches: Tensor | None = None
-        if bn.num_batches_tracked is not None:
-            bn.num_batches_tracked.add_(1)
-            batches = bn.num_batches_tracked if bn.momentum is None else None
-        backends.get(backend).update_running(
-            bn.running_mean,
-            bn.running_var,
-            mean,
-            var,
-            None if conv is None else conv.bias,
-            bn.momentum or 0.0,
-            batches,
-            count / (count - 1),
-        )
+    batches: Tensor | None = None
+    if bn.num_batches_tracked is not None:
+        bn.num_batches_tracked.add_(1)
+        batches = bn.num_batches_tracked if bn.momentum is None else None
+    backends.for_running_statistics(backend).update_running(
+        bn.running_mean,
+        bn.running_var,
+        mean,
+        var,
+        None if conv is None else conv.bias,
+        bn.momentum or 0.0,
+        batches,
+        count / (count - 1),
+    )
 
 
 def _run_chain(
@@ -143,10 +142,11 @@ def _run_chain(
     x = x.to(dtype)
     out, statistics = operators.chain(x, None if identity else residual, chain, route)
     modules = [*units] if projection is None else [*units, (*projection, None)]
-    for (conv, bn, _), spec, shape, stats in zip(modules, chain.units, shapes, statistics, strict=False):
-        if spec.training:
-            count = shape[0] * shape[2] * shape[3]
-            _update_statistics(route.backend, bn, conv, *stats, count)  # type: ignore[arg-type]
+    with torch.no_grad():
+        for (conv, bn, _), spec, shape, stats in zip(modules, chain.units, shapes, statistics, strict=False):
+            if spec.training:
+                count = shape[0] * shape[2] * shape[3]
+                _update_statistics(route.backend, bn, conv, *stats, count)  # type: ignore[arg-type]
     return out
 
 

@@ -72,8 +72,11 @@ def cuda_status() -> str:
 
 def too_old() -> str:
     """Why the current GPU runs none of this package's kernels; "" where it does."""
-    if torch.cuda.get_device_capability() >= OLDEST_GPU:
-        return ""
+    try:
+        if torch.cuda.get_device_capability() >= OLDEST_GPU:
+            return ""
+    except Exception as error:  # of a driver that PyTorch sees but cannot use
+        return f"PyTorch cannot use the GPU: {error}"
     return "it needs an NVIDIA GPU of compute capability {}.{} or higher".format(*OLDEST_GPU)
 
 

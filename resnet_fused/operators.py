@@ -10,7 +10,9 @@ The callers (``functional`` and ``layers``) decide when the operators may run; h
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +21,8 @@ from . import backends, reference, routes
 from .backends.algebra import moments_dtype
 from .backends.aten import unpack_mask
 from .backends.operands import acc_dtype
+from .compiling import constant
+from .dispatch import autocast_dtype
 from .plans import chain as plan
 from .plans import chain_backward
 from .plans.choice import choose_plans
@@ -59,7 +63,8 @@ def chain(
     save = saves(x, residual, c)
     route = route or routes.of_chain(c, x, x.dtype, save)
     backend = _backend(route)
-    c = choose_plans(c, route.covariance)
+    if not (_is_captured(x) and _reads_back(backend, x.dtype)):
+        c = choose_plans(c, route.covariance)
     parameters, running, integers, eps = c.flatten()
     out, statistics, *_ = torch.ops.resnet_fused.chain(x, residual, parameters, running, integers, eps, save, backend)
     if statistics.shape[1] == 0:
@@ -72,6 +77,16 @@ def add_relu(a: Tensor, b: Tensor, route: routes.Route | None = None) -> Tensor:
     """``relu(a + b)`` as one operator: two dense tensors of one shape and dtype. Saves one bit per element."""
     save = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
     return torch.ops.resnet_fused.residual_add_relu(a, b, save, _backend(route or routes.of_add_relu(a)))[0]
+
+
+def _is_captured(x: Tensor) -> bool:
+    """Whether a CUDA graph will hold, or may hold, what runs on ``x``."""
+    return x.is_cuda and (torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing())
+
+
+@constant
+def _reads_back(backend: str, dtype: torch.dtype) -> bool:
+    return backends.get(backend).reads_back(dtype)
 
 
 def _backend(route: routes.Route) -> str:
@@ -92,9 +107,9 @@ def _chain(
         return plan.forward(backends.get(backend), unflatten(parameters, running, spec, eps), x, residual, save)
 
 
-def _without_autocast(x: Tensor) -> torch.autocast:
+def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """Inside an operator every dtype is the plan's own; autocast would round the algebra of statistics."""
-    return torch.autocast(x.device.type, enabled=False)
+    return nullcontext() if autocast_dtype(x) is None else torch.autocast(x.device.type, enabled=False)
 
 
 def _layout(c: Chain, x: Tensor) -> torch.memory_format:
@@ -167,6 +182,8 @@ def _chain_backward(
 
 def _laid_out_like(gradient: Tensor, parameter: Tensor) -> Tensor:
     """``gradient`` with the strides of ``parameter``, as the fake kernel promises and autograd would make them anyway."""
+    if gradient.stride() == parameter.stride():
+        return gradient
     strides = zip(gradient.shape, gradient.stride(), parameter.stride(), strict=True)
     same = all(size == 1 or ours == theirs for size, ours, theirs in strides)
     return gradient if same else torch.empty_like(parameter).copy_(gradient)

@@ -23,9 +23,11 @@ from torch import Tensor
 from . import backends, tables
 from .backends.routed import signature
 from .backends.triton import devices
+from .compiling import constant
 from .plans.spec import Chain, Unit
 
 STOCK = "stock"
+KINDS = ("train", "forward")  # of keys whose choice is for a chain, with and without a backward
 _GENSTATS = " without covariance"
 
 
@@ -56,7 +58,7 @@ def parse(text: str) -> dict[str, Entry]:
                 raise ValueError(f"no route: {value}")
             found[str(key)] = entry
         return found
-    except (AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, OverflowError, TypeError) as error:
         raise ValueError(f"is not a tuning table ({type(error).__name__}: {error})") from error
 
 
@@ -89,21 +91,26 @@ def reload() -> None:
     global _reloads
     _reloads += 1
     _tables.cache_clear()
-    _device_key.cache_clear()
     _chains.clear()
 
 
-@torch.compiler.assume_constant_result
+@constant
 def measured(key: str) -> str | None:
     """The choice of the tables, None where nothing was measured."""
     entry = _tables().get(key)
     return None if entry is None else entry.choice
 
 
-@functools.lru_cache(maxsize=64)
+@constant
 def _device_key(device: torch.device) -> str:
     gpu = devices.describe(device)
     return f"sm_{gpu.arch} {gpu.sms} torch{'.'.join(torch.__version__.split('.')[:2])}"
+
+
+def of_device(device: torch.device) -> dict[str, Entry]:
+    """What was measured on such a device, by the tables in force."""
+    key = " " + _device_key(device)
+    return {name: entry for name, entry in _tables().items() if name.endswith(key)}
 
 
 def key_of(kind: str, what: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> str:
@@ -149,7 +156,12 @@ def describe(c: Chain) -> str:
 
 def chain_key(c: Chain, shape: Sequence[int], dtype: torch.dtype, device: torch.device, save: bool) -> str:
     """``save``: whether a backward follows."""
-    return key_of("train" if save else "forward", describe(c), shape, dtype, device)
+    return key_of(KINDS[0 if save else 1], describe(c), shape, dtype, device)
+
+
+def applies(device: torch.device) -> bool:
+    """Whether measured choices count there: under ``auto``, on a GPU."""
+    return backends.current() == "auto" and device.type == "cuda"
 
 
 def of_chain(c: Chain, x: Tensor, dtype: torch.dtype, save: bool) -> Route:
@@ -157,10 +169,10 @@ def of_chain(c: Chain, x: Tensor, dtype: torch.dtype, save: bool) -> Route:
 
     torch.compile asks for any batch and image size at once: the entry without a shape answers.
     """
-    if backends.current() != "auto" or x.device.type != "cuda":
+    if not applies(x.device):
         return Route(backends.choose(x.device))
     if torch.compiler.is_compiling():
-        return _usable(measured(chain_key(c, (), dtype, x.device, save)))
+        return route_of(_usable(chain_key(c, (), dtype, x.device, save)))
     geometry = tuple(
         (u.conv, u.channels if u.weight is None else u.weight.shape, u.training, u.relu, u.conv_bias is None)
         for u in c.units
@@ -170,15 +182,15 @@ def of_chain(c: Chain, x: Tensor, dtype: torch.dtype, save: bool) -> Route:
     if route is None:
         if len(_chains) >= _MOST_CHAINS:
             _chains.clear()
-        route = _chains[question] = _usable(measured(chain_key(c, x.shape, dtype, x.device, save)))
+        route = _chains[question] = route_of(_usable(chain_key(c, x.shape, dtype, x.device, save)))
     return route
 
 
 def of_add_relu(a: Tensor) -> Route:
     """What runs ``relu(a + b)``; as for chains, but sizes do not count: whatever runs it is bound by memory."""
-    if backends.current() != "auto" or a.device.type != "cuda":
+    if not applies(a.device):
         return Route(backends.choose(a.device))
-    return _usable(measured(add_relu_key(a.dtype, a.device)))
+    return route_of(_usable(add_relu_key(a.dtype, a.device)))
 
 
 def add_relu_key(dtype: torch.dtype, device: torch.device) -> str:
@@ -189,14 +201,19 @@ _MOST_CHAINS = 4096
 _chains: dict[tuple[Any, ...], Route] = {}
 
 
-def _usable(choice: str | None) -> Route:
-    """The route of a choice; stock where nothing was measured, or where what won is not there any more."""
-    if choice is None:
-        return Route(STOCK)
-    route = route_of(choice)
+@constant
+def _usable(key: str) -> str:
+    """The choice of the tables; stock where nothing was measured, or where what won is not there any more."""
+    choice = measured(key)
+    return STOCK if choice is None or problem(choice) else choice
+
+
+def problem(choice: str) -> str:
+    """Why what a table chose for a chain cannot run here; "" where it can."""
+    backend = route_of(choice).backend
     try:
-        if route.backend != STOCK:
-            backends.get(route.backend)
-    except (KeyError, ValueError):
-        return Route(STOCK)
-    return route
+        if backend != STOCK:
+            backends.get(backend)
+    except ValueError as error:
+        return str(error)
+    return ""

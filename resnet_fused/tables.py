@@ -33,14 +33,15 @@ def user_table() -> Path:
     """Where the user's table is, or would be."""
     named = os.environ.get(ENVIRONMENT_VARIABLE)
     if named:
-        return Path(named).expanduser()
+        return Path(os.path.expanduser(named))
     if sys.platform == "win32":
         cache = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
     elif sys.platform == "darwin":
         cache = "~/Library/Caches"
     else:
         cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(cache).expanduser() / "resnet_fused" / "tuning.json"
+    # Not Path.expanduser, which raises where nobody has a home.
+    return Path(os.path.expanduser(cache)) / "resnet_fused" / "tuning.json"
 
 
 def parse(text: str) -> Document:
@@ -56,6 +57,16 @@ def parse(text: str) -> Document:
         return content | {section: dict(content[section]) for section in SECTIONS}
     except (AttributeError, IndexError, KeyError, RecursionError, TypeError) as error:
         raise ValueError(f"is not a tuning table ({type(error).__name__}: {error})") from error
+
+
+def state(path: Path, counts: Callable[[str], str]) -> str:
+    """What ``counts`` says of the table's text, or why there is nothing to count."""
+    try:
+        return counts(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return "no such file"
+    except (OSError, ValueError) as error:
+        return f"ignored: {error}"
 
 
 _warned: set[Path] = set()

@@ -13,6 +13,7 @@ import pytest
 import torch
 from stock_pairs import assert_same, assert_same_step, blocks, images, networks, step
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.utils import parametrizations, prune
 from torch.optim import swa_utils
 
@@ -30,9 +31,9 @@ def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     calls: list[str] = []
     run = operators.chain
 
-    def counted(x, residual, chain):
+    def counted(x, residual, chain, route):
         calls.append(chain.shortcut.name)
-        return run(x, residual, chain)
+        return run(x, residual, chain, route)
 
     monkeypatch.setattr(operators, "chain", counted)
     return calls
@@ -180,9 +181,12 @@ def test_onnx_export() -> None:
 @pytest.mark.parametrize("training", [True, False])
 def test_compile_fullgraph(training: bool) -> None:
     ours, stock = (m.train(training) for m in networks())
-    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(ours, fullgraph=True, backend=counter)
     for _ in range(2):
         assert_same(step(compiled, images(), ours), step(stock, images()))
+    (graph,) = counter.graphs
+    assert graph.code.count("torch.ops.resnet_fused.chain") == 5  # the stem and a block of each stage
     with torch.no_grad():
         torch.testing.assert_close(compiled(images(3)), stock(images(3)))
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 
 from .. import native
+from ..compiling import constant
 from . import recast, routed
 from .aten import AtenKernels
 from .cpu import CpuKernels
@@ -49,8 +50,8 @@ def load_triton() -> Kernels | str:
         return reason
     try:
         from .triton.dispatch import TritonKernels
-    except ImportError as error:
-        return f"Triton cannot be imported: {error}"
+    except Exception as error:  # whatever a broken Triton raises, the package must still import
+        return f"Triton cannot be imported: {type(error).__name__}: {error}"
     # cuDNN's 3×3 until a GPU has measured ours.
     return TritonKernels(own_conv3x3=interpreted)
 
@@ -86,7 +87,7 @@ def _validated(name: str, source: str) -> str:
     raise ValueError(f"{source}: expected one of {known}, got {name!r}")
 
 
-_current: str | None = None  # until set_backend: what the environment says, looked at on first use
+_current: str | None = None  # until set_backend: what the environment says
 
 
 def current() -> str:
@@ -95,10 +96,12 @@ def current() -> str:
     Raises:
         ValueError, RuntimeError: the environment variable names no backend, or one that cannot run here.
     """
-    global _current
-    if _current is None:
-        _current = _validated(os.environ.get(ENVIRONMENT_VARIABLE) or "auto", ENVIRONMENT_VARIABLE)
-    return _current
+    return _current or _of_environment()
+
+
+@constant
+def _of_environment() -> str:
+    return _validated(os.environ.get(ENVIRONMENT_VARIABLE) or "auto", ENVIRONMENT_VARIABLE)
 
 
 def set_backend(name: str) -> None:
@@ -154,6 +157,13 @@ def get(name: str) -> Kernels:
     """The kernels of an available backend, or of the routes in ``name``."""
     found = _KERNELS.get(name)
     return _routed(name) if found is None else found
+
+
+def for_running_statistics(name: str) -> Kernels:
+    """Whose ``update_running`` belongs to backend ``name``: a call outside of the operators, into which torch.compile looks, and
+    where it would take the making of routes for a part of the model."""
+    found = _KERNELS.get(name)
+    return _KERNELS.get("cuda", _KERNELS["aten"]) if found is None else found
 
 
 def choose(device: torch.device) -> str:

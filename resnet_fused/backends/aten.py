@@ -41,8 +41,8 @@ def pack_mask(passes: Tensor) -> Tensor:
     """Booleans ``[N, C, H, W]`` to one bit each, in memory order: bit ``i % 8`` of byte ``i // 8``."""
     flat = memory_order(passes)
     bits = F.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
-    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=bits.device)
-    return (bits * weights).sum(1, dtype=torch.uint8)
+    weights = 1 << torch.arange(8, device=bits.device)
+    return (bits * weights.to(torch.uint8)).sum(1, dtype=torch.uint8)
 
 
 def unpack_mask(mask: Tensor, like: Tensor) -> Tensor:

@@ -212,7 +212,7 @@ def cuda_kernels(own_conv3x3: bool = False) -> CudaKernels:
     """The backend on this machine: with Triton's products where Triton is, and Triton's 3×3 in place of cuDNN's if asked."""
     try:
         from .triton.dispatch import TritonKernels
-    except ImportError:
+    except Exception:  # whatever a broken Triton raises: `load_triton` tells
         return CudaConvolutionKernels()
 
     class CudaAndTritonKernels(CudaKernels, TritonKernels):

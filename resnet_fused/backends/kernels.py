@@ -93,6 +93,10 @@ class Kernels(Algebra, ABC):
         is flagged.
         """
 
+    def reads_back(self, dtype: torch.dtype) -> bool:
+        """Whether ``recompute_statistics`` of such activations makes the host wait for values, which no CUDA graph can hold."""
+        return True
+
     @abstractmethod
     def fprop_bn_act(
         self, products: Sequence[Product], shift: Tensor, residual: Tensor | None, relu: bool, save_mask: bool

@@ -70,6 +70,8 @@ class RoutedKernels(AtenKernels):
         used = [name for name in LAZY if name in routes.values()]
         # Makes what is pending, and has the products of the covariance plan, whose methods do not always name a filter.
         self._lazy: Any = providers[used[0]] if used else self._base
+        # Triton's does not make the host wait, whatever else runs.
+        self._flagged: Any = providers.get(TRITON, self._lazy)
 
     def _of(self, weight: Tensor, conv: Conv) -> Any:
         return self._routes.get(signature(weight.shape, conv), self._base)
@@ -135,12 +137,13 @@ def _on(which: str, name: str) -> Any:
 
 
 _OF_COVARIANCE = (
-    *("operand", "gram", "gram_unit", "operand_eps", "recompute_statistics"),
-    *("dgrad_bn_act", "dgrad_bn_act_below", "wgrad_bn_act"),
+    *("operand", "gram", "gram_unit", "operand_eps", "dgrad_bn_act", "dgrad_bn_act_below", "wgrad_bn_act"),
 )
-_OF_CONVOLUTIONS = set(vars(RoutedKernels)) | set(_OF_COVARIANCE)
-for _name in _OF_COVARIANCE:
-    setattr(RoutedKernels, _name, _on("_lazy", _name))
+_OF_FLAGGED = ("recompute_statistics", "reads_back")
+_OF_CONVOLUTIONS = set(vars(RoutedKernels)) | {*_OF_COVARIANCE, *_OF_FLAGGED}
+for _which, _names in (("_lazy", _OF_COVARIANCE), ("_flagged", _OF_FLAGGED)):
+    for _name in _names:
+        setattr(RoutedKernels, _name, _on(_which, _name))
 for _class in Kernels.__mro__[:2]:  # the passes, and the algebra between them
     for _name, _value in vars(_class).items():
         if callable(_value) and not _name.startswith("_") and _name not in _OF_CONVOLUTIONS:

@@ -24,7 +24,10 @@ _OWN_PACKAGE = __name__.split(".")[0]
 
 @dataclass
 class FusionReport:
-    """What ``fuse`` did: ``fused`` holds (module path, pattern), ``left`` holds (module path, reason)."""
+    """What ``fuse`` did: ``fused`` holds (module path, pattern), ``left`` holds (module path, reason).
+
+    What runs a fused unit is chosen at every call, by device, dtype and shape: ``resnet-fused info`` says how.
+    """
 
     fused: list[tuple[str, str]] = field(default_factory=list)
     left: list[tuple[str, str]] = field(default_factory=list)

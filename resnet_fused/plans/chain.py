@@ -140,7 +140,7 @@ class _Forward:
         return k.recompute_statistics(a, weight, unit.conv, flagged, mean, var)
 
     def statistics(self) -> Tensor:
-        return torch.stack([torch.cat([n.mean for n in self.norms]), torch.cat([n.var for n in self.norms])])
+        return torch.cat([*(n.mean for n in self.norms), *(n.var for n in self.norms)]).view(2, -1)
 
 
 def forward(k: Kernels, chain: Chain, x: Tensor, residual: Tensor | None, save: bool) -> list[Tensor]:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from ..backends.operands import is_pointwise
+from ..compiling import constant
 from .spec import Chain, Shortcut, Tail, Unit
 
 ENVIRONMENT_VARIABLE = "RESNET_FUSED_COVARIANCE"
@@ -17,7 +18,7 @@ CHOICES = ("auto", "always", "never")
 # in the last, smallest feature maps, where there is little to save: of ResNet-50's saved bytes, 2 %.
 MOST_CHANNELS = 256
 
-_current: str | None = None  # until set_covariance: what the environment says, looked at on first use
+_current: str | None = None  # until set_covariance: what the environment says
 
 
 def _validated(name: str, source: str) -> str:
@@ -32,10 +33,12 @@ def current() -> str:
     Raises:
         ValueError: the environment variable holds something else.
     """
-    global _current
-    if _current is None:
-        _current = _validated(os.environ.get(ENVIRONMENT_VARIABLE) or "auto", ENVIRONMENT_VARIABLE)
-    return _current
+    return _current or _of_environment()
+
+
+@constant
+def _of_environment() -> str:
+    return _validated(os.environ.get(ENVIRONMENT_VARIABLE) or "auto", ENVIRONMENT_VARIABLE)
 
 
 def set_covariance(choice: str) -> None:
@@ -84,5 +87,8 @@ def choose_plans(chain: Chain, pays: bool = True) -> Chain:
     eligible = {last} if chain.tail != Tail.RELU_MAXPOOL else set()
     if chain.shortcut == Shortcut.PROJECTION:
         eligible.add(last + 1)
-    units = [replace(u, covariance=i in eligible and _follows_covariance(u, pays)) for i, u in enumerate(chain.units)]
+    following = {i for i in eligible if _follows_covariance(chain.units[i], pays)}
+    if not following:
+        return chain
+    units = [replace(u, covariance=True) if i in following else u for i, u in enumerate(chain.units)]
     return replace(chain, units=tuple(units))

@@ -208,6 +208,9 @@ class TritonKernels(TritonPasses):
         recompute = recompute_flagged if takes(source(a)) else super().recompute_statistics
         return recompute(a, weight, conv, flagged, mean, var)
 
+    def reads_back(self, dtype: torch.dtype) -> bool:
+        return dtype not in _DTYPES
+
     def fprop_bn_act(
         self, products: Sequence[Product], shift: Tensor, residual: Tensor | None, relu: bool, save_mask: bool
     ) -> tuple[Tensor, Tensor]:

@@ -122,12 +122,21 @@ def entry_key(kernel: str, shape: Mapping[str, int], dtype: torch.dtype, gpu: de
     of = shape.get
     geometry = f"h{of('h', 0)} w{of('w', 0)} c{shape['c']} k{of('k', 0)} r{r} stride{of('stride', 1)}"
     bucket = max(0, shape["m"] - 1).bit_length()
-    version = ".".join(triton.__version__.split(".")[:2])
     if of("c2"):
         geometry += f" c2_{of('c2')}"
-    return (
-        f"sm_{gpu.arch} {gpu.sms} {kernel} {str(dtype)[6:]} m2^{bucket} {geometry} [{flags}] triton{version} v{FORMAT}"
-    )
+    begin, end = _ends(gpu)
+    return f"{begin} {kernel} {str(dtype)[6:]} m2^{bucket} {geometry} [{flags}] {end}"
+
+
+def _ends(gpu: devices.Device) -> tuple[str, str]:
+    """How a key begins and how it ends: GPU and versions."""
+    return f"sm_{gpu.arch} {gpu.sms}", f"triton{'.'.join(triton.__version__.split('.')[:2])} v{FORMAT}"
+
+
+def of_device(gpu: devices.Device) -> Table:
+    """What was measured on such a GPU with this Triton, by the tables in force."""
+    begin, end = (f"{word} " for word in _ends(gpu))
+    return {key: entry for key, entry in _tables().items() if key.startswith(begin) and f"{key} ".endswith(f" {end}")}
 
 
 def _parse_entry(value: Any) -> Entry:
@@ -147,7 +156,7 @@ def parse(text: str) -> Table:
     entries = tables.parse(text)["entries"]
     try:
         return {str(key): _parse_entry(value) for key, value in entries.items()}
-    except (AttributeError, IndexError, KeyError, TypeError) as error:
+    except (AttributeError, IndexError, KeyError, OverflowError, TypeError) as error:
         raise ValueError(f"is not a tuning table ({type(error).__name__}: {error})") from error
 
 
