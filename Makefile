@@ -22,10 +22,10 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 NATIVE_SOURCES := setup.py pyproject.toml $(shell find csrc build_backend -type f -not -path '*/__pycache__/*' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint bench budget gpu demo clean distclean
+.PHONY: help setup test lint bench bench-gpu sanitize budget demo clean distclean
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
 setup: $(VENV)/.built  ## create the environment and build the package into it
 
@@ -75,24 +75,16 @@ bench: setup  ## ResNet-50 in inference and training, and the processor kernels;
 	  --repeats 5 --results-file $(RESULTS)/networks_cpu.csv
 	$(BIN)/python benchmarks/bench_bn.py --results-file $(RESULTS)/kernels_cpu.csv
 
-gpu: setup  ## on a GPU: networks and kernels of the CUDA and Triton backends against float64, then their times; ten minutes by estimate
-	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make gpu: PyTorch sees no GPU")'
-	$(BIN)/python benchmarks/check_cuda.py
-	@command -v compute-sanitizer >/dev/null || echo "compute-sanitizer is not on the PATH: its checks are left out"
-	@! command -v compute-sanitizer >/dev/null || for tool in memcheck racecheck initcheck; do \
-	  echo "compute-sanitizer --tool $$tool"; \
+bench-gpu: setup  ## on a GPU: checks, ceilings, kernels, blocks, networks; ten minutes at a time (GPU_ARGS=--help)
+	@mkdir -p $(RESULTS)
+	$(BIN)/python benchmarks/gpu.py --results $(RESULTS) $(GPU_ARGS); status=$$?; \
+	  $(BIN)/python benchmarks/report.py --results $(RESULTS) && exit $$status
+
+sanitize: setup  ## on a GPU: the CUDA extension's operators under compute-sanitizer
+	@command -v compute-sanitizer >/dev/null || { echo "make sanitize: compute-sanitizer is not on the PATH"; exit 1; }
+	for tool in memcheck racecheck initcheck; do \
 	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
 	    $(BIN)/python benchmarks/check_cuda.py --small --dtype fp32 bf16 || exit 1; \
-	done
-	$(BIN)/python benchmarks/bench_cuda.py --results-file $(RESULTS)/kernels_gpu.csv
-	RESNET_FUSED_BACKEND=cuda $(BIN)/resnet-fused verify --device cuda --model resnet18 resnet50 --dtype fp32 bf16 fp16
-	RESNET_FUSED_BACKEND=triton $(BIN)/resnet-fused verify --device cuda --model resnet18 resnet50 --dtype fp32 bf16 fp16
-	$(BIN)/python benchmarks/bench_triton.py --results-file $(RESULTS)/kernels_gpu.csv
-	$(BIN)/resnet-fused tune --model resnet50 --configs 8
-	$(BIN)/python benchmarks/bench_triton.py --results-file $(RESULTS)/kernels_gpu.csv
-	for backend in cuda triton; do \
-	  RESNET_FUSED_BACKEND=$$backend $(BIN)/resnet-fused bench --device cuda --model resnet50 --batch 256 --dtype bf16 \
-	    --mode train --results-file $(RESULTS)/networks_gpu.csv || exit 1; \
 	done
 
 demo: setup  ## ResNet-50 on photographs, then a ResNet-18 trained with stock and with fused blocks; ten minutes at most

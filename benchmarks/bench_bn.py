@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from resnet_fused import backends, bench, info, networks
 from resnet_fused.console import print_table, progress_bar
+from resnet_fused.result_file import append_csv
 
 SHAPES = ((16, 64, 56, 56), (16, 256, 56, 56), (16, 512, 28, 28), (16, 1024, 14, 14), (16, 2048, 7, 7))
 EPS = 1e-5
@@ -200,7 +201,7 @@ def main() -> int:
         right=(4, 5, 6, 7, 8, 9),
     )
     if options.results_file:
-        bench.append_csv(options.results_file, made)
+        append_csv(options.results_file, made)
     return 0 if len(made) == expected else 1
 
 

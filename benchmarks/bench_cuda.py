@@ -23,10 +23,11 @@ from gpu_time import Bound, Clock, launches, peak, roofline_share
 from network_units import read_network
 from torch import nn
 
-from resnet_fused import bench, info, networks
+from resnet_fused import info, networks
 from resnet_fused.arguments import Parser, positive
 from resnet_fused.backends.cuda import CudaConvolutionKernels, CudaKernels
 from resnet_fused.console import print_table, progress_bar, warn
+from resnet_fused.result_file import append_csv, measured
 
 OURS, AGAIN, EAGER = "cuda", "cuda again", ", eager"
 COPY, FORMULAS, CUDNN = "copy", "formulas", "cudnn+passes"
@@ -40,6 +41,7 @@ BASELINES = {
 # As graphs, so that only the GPU's time counts, or launched by the host, whose time is what the algebra saves. A folding reads
 # the host's memory, which a graph may not.
 GRAPHS = {"algebra": (True, False), "fold": (False,)}
+MODE = "train"
 GOAL, GOAL_BYTES = 0.90, 16_000_000  # share of a copy's speed, of calls that move at least so much
 
 
@@ -212,11 +214,11 @@ def count_launches(contests: Sequence[Contest], kernels: CudaConvolutionKernels,
 
 
 def csv_rows(contest: Contest, dtype: str, device: str, bound: Bound) -> list[dict[str, Any]]:
-    """With the columns of ``bench.COLUMNS``, a row for each contestant."""
+    """With the columns of ``result_file.COLUMNS``, a row for each contestant."""
     found, case = info.versions(), contest.case
     fixed = {
         "op": case.name,
-        "mode": "train",
+        "mode": MODE,
         "shape": contest.shape,
         "dtype": dtype,
         "layout": "" if contest.baseline == FORMULAS else "channels_last",
@@ -300,12 +302,15 @@ def run(options: argparse.Namespace, kernels: CudaConvolutionKernels, device: to
     """Checks and times every case; rows are appended as they come. 1 when an answer was wrong."""
     on_gpu, name = device.type == "cuda", info.device_name(str(device))
     clock, bound = Clock(device), peak(device, networks.DTYPES[options.dtype])
+    done = measured(options.results_file, name) if options.resume else set()
     contests: list[Contest] = []
     wrong = 0
     with progress_bar() as progress, torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
         task = progress.add_task("kernels", total=None)
         for family, shape, case in cases(options, device):
             progress.update(task, advance=1, description=f"{case.name} {shape}")
+            if (case.name, MODE, shape, options.dtype) in done:
+                continue
             told, error = judged(case, kernels, device)
             if told:
                 wrong += 1
@@ -317,7 +322,7 @@ def run(options: argparse.Namespace, kernels: CudaConvolutionKernels, device: to
                 contest.case = dataclasses.replace(case, arguments=())
             contests.append(contest)
             if options.results_file and on_gpu:
-                bench.append_csv(options.results_file, csv_rows(contest, options.dtype, name, bound))
+                append_csv(options.results_file, csv_rows(contest, options.dtype, name, bound))
     count_launches(contests, kernels, device)
     print(f"CUDA kernels on {name}, {options.dtype}, commit {info.commit()}:")
     print_all(contests, bound)
@@ -342,6 +347,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=positive, default=21)
     parser.add_argument("--backend", metavar="NAME", help="a backend of these operators that runs here; default: cuda")
     parser.add_argument("--results-file", metavar="CSV", help="rows measured on a GPU are appended")
+    parser.add_argument("--resume", action="store_true", help="leave out what the results file has of this device")
     options = parser.parse_args(argv)
     kernels, device = opened(parser, options.backend)
     if device.type != "cuda" and options.results_file:

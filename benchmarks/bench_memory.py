@@ -27,8 +27,8 @@ from torch.nn import functional as F
 
 from resnet_fused import info, networks, peak_memory
 from resnet_fused.arguments import Parser, image_size, one_of, positive
-from resnet_fused.bench import append_csv
 from resnet_fused.console import UsageError, print_table, progress_bar, require_rich, warn
+from resnet_fused.result_file import append_csv
 
 PROVIDERS = ("stock", "fused")
 FIGURES = ("saved_bytes", "rss_forward_mib", "rss_peak_mib")
@@ -73,7 +73,7 @@ class Need:
 
 
 def _loss(model: nn.Module, x: Tensor, target: Tensor, dtype: torch.dtype) -> Tensor:
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+    with torch.autocast(x.device.type, dtype, enabled=dtype.itemsize == 2):
         out = model(x)
     return F.cross_entropy(out.float(), target)
 

@@ -28,9 +28,10 @@ from labelled_images import LabelledImages
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from resnet_fused import bench, info, networks
+from resnet_fused import info, networks
 from resnet_fused.arguments import Parser, image_size, one_of, positive
 from resnet_fused.console import UsageError, print_table, progress_bar, require_rich
+from resnet_fused.result_file import append_csv
 
 PROVIDERS = {"stock": torch.channels_last, "fused": torch.channels_last, "stock_nchw": torch.contiguous_format}
 WARM_UP, WEIGHT_DECAY = 0.05, 5e-4  # the warm-up is a fraction of all steps
@@ -177,8 +178,8 @@ class Results:
     def append(self, key: Key, losses: Sequence[float], row: dict[str, Any]) -> None:
         run = dict(zip(RUN, key))
         rows = [run | {"step": step, "loss": f"{loss:.5g}"} for step, loss in enumerate(losses)]
-        bench.append_csv(str(self.loss_path), rows, LOSS_COLUMNS)
-        bench.append_csv(str(self.accuracy_path), [run | row], ACCURACY_COLUMNS)
+        append_csv(str(self.loss_path), rows, LOSS_COLUMNS)
+        append_csv(str(self.accuracy_path), [run | row], ACCURACY_COLUMNS)
 
     def panels(self) -> list[tuple[str, str]]:
         """(network, dtype) of every panel and every group of table rows."""

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from resnet_fused import bench, info, models, networks, tune
+from resnet_fused import backends, info, models, networks, tune
 from resnet_fused.arguments import Parser, image_size, one_of, positive
 from resnet_fused.backends.aten import rows
 from resnet_fused.backends.operands import Conv, Pending, PendingGrad
 from resnet_fused.console import UsageError, print_table, progress_bar, warn
+from resnet_fused.result_file import append_csv, key_of, measured
 
 FAMILIES = {
     "gemm": ("fprop1x1", "dgrad1x1", "wgrad1x1", "gram"),
@@ -190,18 +191,23 @@ def measure(workload: Any, device: torch.device, clock: Any, repeats: int) -> tu
     return samples, accuracy
 
 
-def csv_rows(
-    workload: Any, samples: dict[str, list[float]], accuracy: Any, mode: str, gpu: Any
-) -> list[dict[str, Any]]:
-    """With the columns of ``bench.COLUMNS``, a row for each provider."""
-    found = info.versions()
-    fixed = {
+def fixed_columns(workload: Any, mode: str, gpu: Any) -> dict[str, Any]:
+    return {
         "op": f"{workload.kernel} {workload.method}",
         "mode": mode,
         "shape": tune.describe_shape(workload),
         "dtype": str(workload.dtype).removeprefix("torch."),
         "layout": "channels_last",
         "device": gpu.name,
+    }
+
+
+def csv_rows(
+    workload: Any, samples: dict[str, list[float]], accuracy: Any, mode: str, gpu: Any
+) -> list[dict[str, Any]]:
+    """With the columns of ``result_file.COLUMNS``, a row for each provider."""
+    found = info.versions()
+    fixed = fixed_columns(workload, mode, gpu) | {
         "versions": f"resnet_fused {found['resnet_fused']}; torch {found['torch']}; triton {found['triton']}",
         "commit": found["commit"],
     }
@@ -220,15 +226,19 @@ def csv_rows(
     return made
 
 
-def run_measured(counts: Iterable[Any], mode: str, repeats: int, results_file: str | None) -> int:
-    """Check and time every launch; rows are appended as they come. 1 when an answer was wrong."""
+def run_measured(counts: Iterable[Any], mode: str, repeats: int, results_file: str | None, resume: bool = False) -> int:
+    """Check and time every launch; rows are appended as they come. 1 when an answer was wrong.
+
+    ``resume``: what the results file has of this device is left out.
+    """
     from resnet_fused.backends.triton import devices
     from resnet_fused.clock import Clock
 
     device = tune.gpu_to_measure()
     gpu, clock = devices.describe(device), Clock(device)
     made: list[dict[str, Any]] = []
-    wrong, todo = 0, list(counts)
+    done = measured(results_file, gpu.name) if resume else set()
+    wrong, todo = 0, [workload for workload in counts if key_of(fixed_columns(workload, mode, gpu)) not in done]
     with progress_bar() as progress:
         task = progress.add_task("launches", total=len(todo))
         for workload in todo:
@@ -240,12 +250,42 @@ def run_measured(counts: Iterable[Any], mode: str, repeats: int, results_file: s
             found = csv_rows(workload, samples, accuracy, mode, gpu)
             made += found
             if results_file:
-                bench.append_csv(results_file, found)
+                append_csv(results_file, found)
             progress.advance(task)
     columns = ("op", "provider", "shape", "p50_ms", "gb_per_s", "tflop_per_s", "fraction_of_roofline", "ratio_to_stock")
     rows_shown = [[row.get(column, "") for column in columns] for row in made]
     print_table(f"Triton kernels on {gpu.name}", columns, rows_shown, right=(3, 4, 5, 6, 7))
     return 1 if wrong else 0
+
+
+def interpreted() -> torch.device:
+    """The processor.
+
+    Raises:
+        UsageError: kernels do not run on it.
+    """
+    if "triton" not in backends.available_backends():
+        raise UsageError(f"--check: {backends.unavailable_backends()['triton']}")
+    return torch.device("cpu")
+
+
+def run_checks(counts: Iterable[Any], device: torch.device) -> int:
+    """Compare every launch with float64, without its time; 1 when an answer was wrong."""
+    from resnet_fused.backends.triton.trial import Trial
+
+    todo, wrong = list(counts), 0
+    with progress_bar() as progress:
+        task = progress.add_task("launches", total=len(todo))
+        for workload in todo:
+            told = f"{workload.kernel} {tune.describe_shape(workload)} {str(workload.dtype).removeprefix('torch.')}"
+            progress.update(task, description=told)
+            accuracy = Trial(workload, device).accuracy()
+            if not accuracy.is_right:
+                wrong += 1
+                warn(f"{told}: WRONG ANSWER, error {accuracy.ours:.1e}, stock's {accuracy.stock:.1e}")
+            progress.advance(task)
+    print(f"{len(todo) - wrong} of {len(todo)} launches of Triton kernels are as accurate as stock on {device}")
+    return 1 if wrong or not todo else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -260,7 +300,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--gpu", default="H200", help="whose times are predicted where there is no GPU: A100, H100, H200, B200"
     )
+    parser.add_argument(
+        "--check", action="store_true", help="compare with float64 only; also where Triton's interpreter runs"
+    )
     parser.add_argument("--results-file", metavar="CSV", help="measured rows are appended")
+    parser.add_argument("--resume", action="store_true", help="leave out what the results file has of this device")
     options = parser.parse_args(argv)
     if importlib.util.find_spec("triton") is None:
         parser.error("Triton is not installed: pip install resnet_fused[triton]")
@@ -275,11 +319,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     counts = workloads(network, options.batch, options.image_size, dtype, options.mode == "train")
     kernels = [kernel for family in options.family for kernel in FAMILIES[family]]
     counts = {workload: count for workload, count in counts.items() if workload.kernel in kernels}
-    if not torch.cuda.is_available():
+    on_gpu = torch.cuda.is_available()
+    if not (on_gpu or options.check):
         print_predicted(counts, devices.DEVICES[options.gpu])
         return 0
     try:
-        return run_measured(counts, options.mode, options.repeats, options.results_file)
+        if options.check:
+            return run_checks(counts, tune.gpu_to_measure() if on_gpu else interpreted())
+        return run_measured(counts, options.mode, options.repeats, options.results_file, options.resume)
     except UsageError as error:
         parser.error(str(error))
 

@@ -261,6 +261,17 @@ def _our_projection_backward(u: Unit) -> Iterator[Pass]:
     yield Pass(u, "add gradients", 3 * u.x)
 
 
+def inference(block: Block) -> Iterator[Pass]:
+    """The forward alone, batch norms folded: what any plan has to move. A ReLU before max pooling costs nothing."""
+    for u in block.units:
+        yield convolution(u, "fprop")
+    last = block.path[-1]
+    if block.pooled:
+        yield stream(last, "maxpool", 1 + 1 / 4)
+    else:
+        yield stream(last, "residual", 1)
+
+
 def head(u: Unit) -> Iterator[Pass]:
     """Average pool and classifier, forward and backward."""
     vectors = u.n * u.c * SIZE

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,31 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from . import images, info, networks, peak_memory, providers
 from .console import UsageError, print_table, progress_bar, warn
 from .providers import Provider, Setting
+from .result_file import append_csv, check_results_file
 
-AGAIN = "fused again"  # the same network timed twice: what the clock alone is worth
-COLUMNS = (
-    "op",
-    "mode",
-    "provider",
-    "shape",
-    "dtype",
-    "layout",
-    "p50_ms",
-    "p20_ms",
-    "p80_ms",
-    "gb_per_s",
-    "tflop_per_s",
-    "fraction_of_roofline",
-    "peak_mib",
-    "device",
-    "versions",
-    "commit",
-    "images_per_s",
-    "ratio_to_stock",
-    "error_vs_fp64",
-    "threads",
-    "images",
-)
+FUSED = "fused"
+AGAIN = "fused again"  # the same network timed once more: what the clock alone is worth
 MIN_SAMPLE_S = 0.05
 
 
@@ -129,20 +106,52 @@ def measure(
     repeats: int,
     memory: bool,
     step: Callable[[str], None],
+    fused_times: int = 2,
 ) -> list[Result]:
-    """Check, then time the providers in turns, then weigh each in a process of its own.
+    """Check, then time the providers in turns, "fused" ``fused_times`` times; then weigh each in a process of its own.
 
     ``step`` is called ``2 · len(names) + 2 + repeats`` times at most, with what comes next.
     """
-    results, ready = _prepare(names, source, setting, x, step)
-    batch = providers.batch_for(setting, x)
-    contestants = {name: provider.step for name, provider in ready.items()}
-    if "fused" in ready:
-        contestants[AGAIN] = ready["fused"].step
-        results[AGAIN] = Result(AGAIN, results["fused"].error)
-    step("warm-up")
-    for provider in ready.values():
-        provider.step(batch)
+    with providers.searched_convolutions():
+        results, ready = _prepare(names, source, setting, x, step)
+        batch = providers.batch_for(setting, x)
+        step("warm-up")
+        for name in list(ready):
+            try:
+                ready[name].step(batch)
+            except torch.OutOfMemoryError:
+                if name == providers.STOCK:
+                    raise
+                results[name].problem = "out of memory beside the others"
+                del ready[name]
+        contestants = {name: provider.step for name, provider in ready.items()}
+        for name in again(fused_times) if FUSED in ready else ():
+            contestants[name] = ready[FUSED].step
+            results[name] = Result(name, results[FUSED].error)
+        _time_in_turns(contestants, batch, results, repeats, step)
+    names = list(ready)
+    ready.clear()
+    contestants.clear()
+    providers.release(setting.device)
+    if memory:
+        for name in names:
+            step(f"memory of {name}")
+            results[name].peak_mib = peak_memory.measure(name, setting)
+    return list(results.values())
+
+
+def again(fused_times: int) -> list[str]:
+    """The names under which "fused" is timed after the first time."""
+    return [AGAIN if i == 1 else f"{AGAIN}, {i}" for i in range(1, fused_times)]
+
+
+def _time_in_turns(
+    contestants: dict[str, Callable[[Tensor], Tensor]],
+    batch: Tensor,
+    results: dict[str, Result],
+    repeats: int,
+    step: Callable[[str], None],
+) -> None:
     loops = {
         name: max(1, round(MIN_SAMPLE_S * 1e3 / max(timed_ms(call, batch, 1), 1e-3)))
         for name, call in contestants.items()
@@ -155,11 +164,6 @@ def measure(
         for name in order[shift:] + order[:shift]:
             call = contestants[name]
             results[name].samples_ms.append(timed_ms(call, batch, loops[name]))
-    if memory:
-        for name in ready:
-            step(f"memory of {name}")
-            results[name].peak_mib = peak_memory.measure(name, setting)
-    return list(results.values())
 
 
 def _columns(result: Result, stock: Result, setting: Setting) -> list[str]:
@@ -225,27 +229,6 @@ def rows(results: Sequence[Result], setting: Setting, described: str) -> list[di
     return made
 
 
-def append_csv(path: str, made: Sequence[dict[str, Any]], columns: Sequence[str] = COLUMNS) -> None:
-    """Append rows, with a header when the file is new."""
-    new = not Path(path).exists() or Path(path).stat().st_size == 0
-    with open(path, "a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(made)
-
-
-def _check_results_file(path: str | None) -> None:
-    if path is None:
-        return
-    if not Path(path).resolve().parent.is_dir() or Path(path).is_dir():
-        raise UsageError(f"--results-file: cannot write {path}: no such folder, or a folder itself")
-    if Path(path).exists():
-        first = Path(path).read_text(encoding="utf-8").partition("\n")[0]
-        if first and first != ",".join(COLUMNS):
-            raise UsageError(f"--results-file: {path} holds other columns than these rows")
-
-
 class _Steps:
     """Moves a progress bar on by one, and says what comes next."""
 
@@ -255,6 +238,26 @@ class _Steps:
     def __call__(self, what: str) -> None:
         self._progress.update(self._task, completed=self._done, description=f"{self._prefix}: {what}")
         self._done += 1
+
+
+def _available(chosen: Sequence[str], setting: Setting) -> list[str]:
+    """The chosen providers in their order, stock first; says which are left out here, and why."""
+    names = [providers.STOCK]
+    for name in providers.NAMES[1:]:
+        if name in chosen:
+            reason = providers.missing(name, setting)
+            if reason:
+                warn(f"{name} is left out: {reason}")
+            else:
+                names.append(name)
+    return names
+
+
+def _images(count: int, size: int, folder: str | None, noise_on: str | None) -> tuple[Tensor, str]:
+    if noise_on is None:
+        return images.batch(count, size, folder)
+    generator = torch.Generator(noise_on).manual_seed(0)
+    return torch.randn(count, 3, size, size, generator=generator, device=noise_on), "normal noise made on the device"
 
 
 def run(
@@ -270,18 +273,24 @@ def run(
     chosen: Sequence[str] = ("stock", "fused", "compile"),
     repeats: int = 11,
     memory: bool = True,
+    noise: bool = False,
+    fused_times: int = 2,
 ) -> int:
-    """Measure every batch size and dtype, print a table for each; 1 when a provider failed or was wrong."""
-    _check_results_file(results_file)
+    """Measure every batch size and dtype, print a table for each; 1 when a provider failed or was wrong.
+
+    Args as those of the command; ``folder``: its ``--images``.
+    """
+    check_results_file(results_file)
     if mode == "infer" and "genstats" in chosen:
         raise UsageError("--providers: genstats differs from fused in training only")
-    names = ["stock", *(name for name in ("fused", "genstats", "compile") if name in chosen)]
-    x, described = images.batch(max(batches), image_size, folder)
+    names = _available(chosen, Setting(model, mode, dtypes[0], device, max(batches), image_size))
+    x, described = _images(max(batches), image_size, folder, device if noise else None)
     if mode == "train" and min(batches) * (image_size // 32) ** 2 < 2:
         raise UsageError("training needs more than one value per channel: a larger --batch or --image-size")
     torch.manual_seed(0)
     source = networks.stock_model(model)
-    networks.calibrate(source, x[:16] if len(x) * (image_size // 32) ** 2 > 1 else x.repeat(2, 1, 1, 1))
+    few = x[:16].cpu()
+    networks.calibrate(source, few if len(x) * (image_size // 32) ** 2 > 1 else few.repeat(2, 1, 1, 1))
     failed = False
     cases = [Setting(model, mode, dtype, device, batch, image_size) for dtype in dtypes for batch in batches]
     per_case = len(names) * (2 if memory else 1) + 2 + repeats
@@ -289,7 +298,16 @@ def run(
         task = progress.add_task(model, total=per_case * len(cases))
         for number, setting in enumerate(cases):
             step = _Steps(progress, task, number * per_case, f"{setting.dtype} batch {setting.batch}")
-            results = measure(names, source, setting, x[: setting.batch], repeats=repeats, memory=memory, step=step)
+            results = measure(
+                names,
+                source,
+                setting,
+                x[: setting.batch],
+                repeats=repeats,
+                memory=memory,
+                step=step,
+                fused_times=fused_times,
+            )
             progress.stop()
             print_results(results, setting, described)
             progress.start()

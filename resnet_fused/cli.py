@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from .arguments import Parser, device_name, image_size, one_of, positive
 from .console import UsageError, require_rich, warn
 from .networks import BUILDERS, DTYPES
+from .providers import NAMES as PROVIDERS
 from .version import __version__
 
 TRITON_DTYPES = ("fp32", "bf16", "fp16")
-PROVIDERS = ("stock", "fused", "genstats", "compile")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -56,9 +56,13 @@ def _parser() -> argparse.ArgumentParser:
         default=["stock", "fused", "compile"],
         metavar="NAME",
         help=f"{', '.join(PROVIDERS)} (stock always runs: it is what the others are compared with; genstats: fused, "
-        "without the covariance plan)",
+        "without the covariance plan; +graph: as a CUDA graph; compile-max: mode max-autotune)",
     )
     bench.add_argument("--repeats", type=positive, default=11, help="samples per provider, interleaved")
+    bench.add_argument(
+        "--fused-times", type=positive, default=2, metavar="N", help="fused is timed N times: what differs is noise"
+    )
+    bench.add_argument("--noise", action="store_true", help="noise that is made on the device in place of pictures")
     bench.add_argument("--no-memory", action="store_true", help="leave out the peak memory, which takes a process each")
 
     predict = commands.add_parser("predict", help="classify pictures")
@@ -142,6 +146,8 @@ def _run(arguments: argparse.Namespace) -> int:
             chosen=arguments.providers,
             repeats=arguments.repeats,
             memory=not arguments.no_memory,
+            noise=arguments.noise,
+            fused_times=arguments.fused_times,
         )
     if arguments.command == "tune":
         from . import tune

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from . import backends
+from . import backends, folded_gpu
 from .backends.algebra import FrozenNorm
+from .backends.operands import Conv
 
 MAX_PACKED_SHAPES = 4
 
@@ -109,11 +109,13 @@ class FoldedConv2d(nn.Module):
 
     Args of ``forward``:
         x (Tensor[N, C, H, W]): any layout; on a processor the output is channels_last.
-        residual (Tensor, optional): is overwritten with the result where ``reuse_residual`` is set, which is for the
+        residual (Tensor, optional): may be overwritten with the result where ``reuse_residual`` is set, which is for the
             owner of the graph: nothing may read it any more.
     Numerics: convolution + bias (+ residual, where it is overwritten) are rounded once, in oneDNN's epilogue. ReLU is a
         pass of its own, because oneDNN's ReLU epilogue turns NaN into 0 while ``torch.relu`` keeps it.
     Traffic: convolution's, + 1 read of the residual, + 1 read and 1 write of the output for the ReLU.
+
+    On a GPU one of ``folded_gpu.PROVIDERS`` runs it.
 
     The fast path (float32 and bfloat16 on a processor with oneDNN) keeps weights packed for the last
     ``MAX_PACKED_SHAPES`` input shapes: which blocking oneDNN wants depends on the image and batch size, and a weight in
@@ -131,6 +133,8 @@ class FoldedConv2d(nn.Module):
         self.padding: tuple[int, ...] = conv.padding  # type: ignore[assignment]
         self.groups, self.relu, self.reuse_residual = conv.groups, relu, False
         self._geometry = (self.padding, self.stride, self.dilation, self.groups)
+        self._conv = Conv(self.stride, self.padding, self.dilation, self.groups)  # type: ignore[arg-type]
+        self._layer: folded_gpu.Layer | None = None
         self._forget_packed()
         self.eval()
 
@@ -139,14 +143,18 @@ class FoldedConv2d(nn.Module):
         self._last: Packed | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packed": OrderedDict(), "_last": None}
+        return {**self.__dict__, "_packed": OrderedDict(), "_last": None, "_layer": None}
 
     def _apply(self, fn: Any, recurse: bool = True) -> FoldedConv2d:
         self._forget_packed()
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        if self._layer is not None and not self._layer.is_of(self.weight, self.bias):
+            self._layer = None
+        return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._forget_packed()
+        self._layer = None
         super()._load_from_state_dict(*args, **kwargs)
 
     def _pack(self, shape: tuple[int, ...]) -> Packed | None:
@@ -194,13 +202,21 @@ class FoldedConv2d(nn.Module):
         last = self._last
         return last if last is not None and last.shape == x.shape else self._pack(tuple(x.shape))
 
+    def layer(self) -> folded_gpu.Layer:
+        """Weight, bias and geometry as they are now."""
+        weight, bias = self.weight, self.bias
+        if self._layer is None or not self._layer.is_of(weight, bias):
+            self._layer = folded_gpu.Layer(weight, bias, self._conv, self.relu)
+        return self._layer
+
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        weight, bias = self._buffers["weight"], self._buffers["bias"]
-        packed = self._packed_for(x, weight)  # type: ignore[arg-type]
+        weight: Tensor = self._buffers["weight"]  # type: ignore[assignment]
+        bias = self._buffers["bias"]
+        packed = self._packed_for(x, weight)
         if packed is None:
-            y = F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)  # type: ignore[arg-type]
-            y = y if residual is None else y + residual
-            return torch.relu(y) if self.relu else y
+            if not torch.compiler.is_compiling() and folded_gpu.takes(x, weight):
+                return folded_gpu.forward(x, self.layer(), residual)
+            return folded_gpu.plain(x, weight, bias, self._conv, residual, self.relu)
 
         x = x.contiguous(memory_format=torch.channels_last)
         if residual is not None and self.reuse_residual and packed.fits(residual, x.dtype):

@@ -78,8 +78,18 @@ def _tables() -> dict[str, Entry]:
     return {**read(tables.SHIPPED_TABLE), **read(tables.user_table())}
 
 
+_reloads = 0
+
+
+def reloads() -> int:
+    """How often ``reload`` was called: who keeps a choice elsewhere forgets it when this changes."""
+    return _reloads
+
+
 def reload() -> None:
     """Forget choices and tables: the next choice reads the tables again."""
+    global _reloads
+    _reloads += 1
     _tables.cache_clear()
     _chains.clear()
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from . import backends, clock, models, networks, routes, tables, tune_routes
+from . import backends, clock, models, networks, routes, tables, tune_folded, tune_routes
 from .console import UsageError, print_table, progress_bar, warn
 from .routes import STOCK
 
@@ -294,4 +294,6 @@ def run(
     if "routes" in parts:
         tune_chains(*question)
         routes.reload()
+        if mode == "infer":
+            tune_folded.run(names, batch, image_size, dtypes, device, path)
     return 0 if complete else 1

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import backends, networks, operators, reference, routes
-from .backends import routed
+from .backends import recast, routed
 from .backends.cuda import convolves
 from .backends.operands import is_pointwise
-from .backends.recast import MatrixProducts
 from .clock import Clock, medians
 from .plans.choice import choose_plans
 from .plans.spec import Chain, Unit, unflatten
@@ -187,9 +186,9 @@ def options(unit: Unit, x: Tensor) -> list[str]:
         found.append(routed.TRITON)
     if routed.EXTENSION in there and convolves(x, weight.contiguous(memory_format=torch.channels_last), conv):
         found.append(routed.EXTENSION)
-    if MatrixProducts.applies(x, weight, conv):
+    if recast.MatrixProducts.applies(x, weight, conv):
         found.append(routed.CUBLAS)
-    if routed.SpaceToDepth.applies(x, weight, conv):
+    if recast.SpaceToDepth.applies(x, weight, conv):
         found.append(routed.SPACE_TO_DEPTH)
     return [*found, routed.CUDNN]
 

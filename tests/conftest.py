@@ -11,7 +11,7 @@ import pytest
 import torch
 
 # Triton decides when it is imported, and when a kernel is defined, whether that will be interpreted on the processor. Here it
-# is, also beside a GPU: what runs on one is checked by `make gpu`.
+# is, also beside a GPU: what runs on one is checked by `make bench-gpu`.
 if importlib.util.find_spec("triton"):
     os.environ["TRITON_INTERPRET"] = "1"
     import triton.experimental.gluon  # noqa: F401  (imported at the first launch otherwise, where the mode must be the same)

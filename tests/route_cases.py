@@ -13,7 +13,7 @@ from chain_cases import tv
 from torch import Tensor, nn
 
 from resnet_fused import backends, operators, routes
-from resnet_fused.backends import routed
+from resnet_fused.backends import recast, routed
 from resnet_fused.backends.aten import AtenKernels
 from resnet_fused.backends.kernels import Kernels
 from resnet_fused.backends.operands import Below, Conv, Gradient, NormGrad, Operand, Pending, PendingGrad
@@ -51,7 +51,7 @@ class LazyKernels(AtenKernels):
 
 def with_space_to_depth(found: dict[str, Kernels]) -> dict[str, Kernels]:
     base = type(found[routed.CUDNN])
-    return found | {routed.SPACE_TO_DEPTH: type("Deep", (routed.SpaceToDepth, base), {})()}
+    return found | {routed.SPACE_TO_DEPTH: type("Deep", (recast.SpaceToDepth, base), {})()}
 
 
 def formulas() -> dict[str, Kernels]:

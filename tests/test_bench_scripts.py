@@ -58,6 +58,7 @@ def idx_folder(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
+@pytest.mark.slow
 def test_training(idx_folder: Path, tmp_path: Path, monkeypatch, capsys):
     pytest.importorskip("matplotlib", reason="the curves are drawn with matplotlib")
     common = ["--network", "resnet18", "--seeds", "3", "--batch", "4", "--results", str(tmp_path)]
@@ -110,6 +111,7 @@ def test_training_schedule_and_batches(monkeypatch):
     assert len(torch.cat(one[:2]).unique()) == 8  # an epoch shows no image twice
 
 
+@pytest.mark.slow
 def test_memory(tmp_path: Path):
     path = tmp_path / "memory.csv"
     sizes = ["--batch", "2", "--size", "32", "--dtype", "fp32", "--results-file", str(path)]

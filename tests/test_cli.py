@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import resnet_fused
-from resnet_fused import backends, bench, console, images, info, networks, verify
+from resnet_fused import backends, console, images, info, networks, verify
 from resnet_fused.cli import main
+from resnet_fused.result_file import COLUMNS
 
 rich = pytest.importorskip("rich", reason="the commands' tables need rich")
 PIL = pytest.importorskip("PIL.Image", reason="pictures are decoded with pillow")
@@ -121,7 +122,7 @@ def test_bench(mode, tmp_path, capsys):
     assert "images/s" in capsys.readouterr().out
     rows = list(csv.DictReader(results.open()))
     assert [row["provider"] for row in rows] == ["stock", "fused", "fused again"]
-    assert tuple(rows[0]) == bench.COLUMNS
+    assert tuple(rows[0]) == COLUMNS
     assert all(float(row["p50_ms"]) > 0 and float(row["error_vs_fp64"]) < 0.1 for row in rows)
 
 

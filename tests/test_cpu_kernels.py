@@ -17,7 +17,10 @@ from resnet_fused.backends.cpu import CpuKernels
 from resnet_fused.backends.operands import acc_dtype
 from resnet_fused.testing import assert_as_accurate
 
-pytestmark = pytest.mark.skipif(not native.is_loaded(), reason=f"no compiled kernels: {native.status()}")
+pytestmark = [
+    pytest.mark.skipif(not native.is_loaded(), reason=f"no compiled kernels: {native.status()}"),
+    pytest.mark.one_in(3),
+]
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = [torch.channels_last, torch.contiguous_format]
@@ -294,6 +297,7 @@ def test_empty_tensors(shape):
     assert cpu.bn_relu_maxpool_backward(pooled, index, case.x, case.mean, case.coefficients).shape == shape
 
 
+@pytest.mark.one_in(1)
 @pytest.mark.parametrize("capability", ["baseline", pytest.param("avx2", marks=pytest.mark.slow), "avx512"])
 def test_every_instruction_set_that_runs_here(capability):
     info = native.build_info()

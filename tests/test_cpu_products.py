@@ -14,7 +14,10 @@ from resnet_fused import native
 from resnet_fused.backends.aten import pack_mask, unpack_mask
 from resnet_fused.backends.operands import acc_dtype
 
-pytestmark = pytest.mark.skipif(not native.is_loaded(), reason=f"no compiled kernels: {native.status()}")
+pytestmark = [
+    pytest.mark.skipif(not native.is_loaded(), reason=f"no compiled kernels: {native.status()}"),
+    pytest.mark.one_in(3),
+]
 
 ops = torch.ops.resnet_fused
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -463,6 +466,7 @@ def test_bad_arguments_are_named(message):
         bad_calls()[message]()
 
 
+@pytest.mark.one_in(1)
 @pytest.mark.parametrize(
     "capability", ["baseline", pytest.param("avx2", marks=pytest.mark.slow), "avx512", "avx512_bf16"]
 )

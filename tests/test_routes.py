@@ -18,7 +18,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import resnet_fused
 from resnet_fused import backends, operators, routes, tables
-from resnet_fused.backends import routed
+from resnet_fused.backends import recast, routed
 from resnet_fused.backends.aten import AtenKernels
 from resnet_fused.backends.operands import Conv
 from resnet_fused.plans.spec import Chain, Shortcut, Tail
@@ -76,7 +76,7 @@ def test_the_stem_as_space_to_depth(
     gpu.choice = f"routed 17x{channels}x{filter_size}x{filter_size}/2=space_to_depth"
     applied = []
     kernels = backends.providers()[routed.SPACE_TO_DEPTH]
-    kernels.applies = lambda *args: applied.append(routed.SpaceToDepth.applies(*args)) or applied[-1]
+    kernels.applies = lambda *args: applied.append(recast.SpaceToDepth.applies(*args)) or applied[-1]
     x = 0.5 * torch.randn(2, channels, height, width)
     for dtype in (torch.float64, torch.bfloat16):
         compare(copy.deepcopy(ours), copy.deepcopy(stock), x, training, dtype, "auto")

@@ -144,7 +144,7 @@ def providers() -> dict[str, Kernels]:
         found.setdefault(routed.CUDNN, TritonPasses())
         found[routed.TRITON] = cuda_kernels(own_conv3x3=True) if has_extension else TritonKernels(own_conv3x3=True)
     base = type(found.setdefault(routed.CUDNN, AtenKernels()))
-    recasts = {routed.CUBLAS: recast.MatrixProducts, routed.SPACE_TO_DEPTH: routed.SpaceToDepth}
+    recasts = {routed.CUBLAS: recast.MatrixProducts, routed.SPACE_TO_DEPTH: recast.SpaceToDepth}
     return found | {name: type(f"{cls.__name__}Kernels", (cls, base), {})() for name, cls in recasts.items()}
 
 

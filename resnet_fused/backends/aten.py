@@ -149,7 +149,8 @@ class AtenKernels(Kernels):
     ) -> tuple[Tensor, Tensor]:
         acc, z = shift.dtype, channel(shift)
         for p in products:
-            y = F.conv2d(self.applied(p.a).to(acc), p.weight.to(acc), None, p.conv.stride)
+            geometry = p.conv.stride, p.conv.padding, p.conv.dilation, p.conv.groups
+            y = F.conv2d(self.applied(p.a).to(acc), p.weight.to(acc), None, *geometry)
             z = z + (y if p.scale is None else y * channel(p.scale))
         if residual is not None:
             z = z + residual

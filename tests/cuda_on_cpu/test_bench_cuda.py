@@ -12,6 +12,7 @@ import torch
 from emulated_operators import EmulatedConvolutions, EmulatedCuda
 
 from resnet_fused.backends.aten import memory_order
+from resnet_fused.result_file import COLUMNS
 
 pytest.importorskip("rich", reason="the scripts' tables need rich")
 FOLDER = Path(__file__).parents[2] / "benchmarks"
@@ -144,7 +145,7 @@ def test_rows_and_shares(script: ModuleType, monkeypatch):
     contest = script.Contest("passes", "1x1x1x1", case, 1e-3, samples)
     assert contest.ratio == 0.75 and contest.noise == pytest.approx(0.05)
     ours, _, copied = script.csv_rows(contest, "bf16", "a GPU", (1e9, 1e12))
-    assert set(ours) <= set(script.bench.COLUMNS)
+    assert set(ours) <= set(COLUMNS)
     assert (ours["p50_ms"], ours["p20_ms"], ours["gb_per_s"], ours["tflop_per_s"]) == (
         "2.00000",
         "1.40000",
@@ -180,3 +181,14 @@ def test_where_they_cannot_run(script: ModuleType, name: str | None, told: str, 
         script.main([] if name is None else ["--backend", name])
     shown = capsys.readouterr().err
     assert ended.value.code == 2 and told in shown and shown.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["gpu"], indirect=True)
+def test_a_dry_run_takes_the_emulated_operators(
+    script: ModuleType, cuda_convolutions: EmulatedConvolutions, tmp_path: Path, monkeypatch, capsys
+):
+    monkeypatch.setattr(script.tempfile, "mkdtemp", lambda prefix: str(tmp_path))
+    assert script.main(["--dry-run", "--only", "correctness", "kernels", "--model", "resnet18"]) == 0
+    shown = capsys.readouterr().out
+    assert "correctness: operators of the CUDA extension" in shown and "kernels: CUDA kernels, fold" in shown

@@ -12,8 +12,9 @@ import pytest
 import torch
 from test_workloads import NETWORKS
 
-from resnet_fused import bench, cli, clock, models, networks, tables, tune
+from resnet_fused import cli, clock, models, networks, tables, tune
 from resnet_fused.backends.triton import configs, cost, devices, trial, tuning
+from resnet_fused.result_file import COLUMNS
 from resnet_fused.workloads import workloads
 
 pytest.importorskip("rich", reason="the command's table needs rich")
@@ -192,7 +193,7 @@ def test_measured_rows(machine: Path, bench_triton, tmp_path: Path, capsys, monk
     rows = tmp_path / "rows.csv"
     assert bench_triton.run_measured(counts, "train", 2, str(rows)) == 0
     made = list(csv.DictReader(rows.open()))
-    assert tuple(made[0]) == bench.COLUMNS
+    assert tuple(made[0]) == COLUMNS
     assert [row["provider"] for row in made] == ["triton", "stock"] * len(counts)
     assert all(float(row[name]) > 0 for row in made for name in ("p50_ms", "fraction_of_roofline"))
     assert "Triton kernels on H200" in capsys.readouterr().out
