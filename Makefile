@@ -58,7 +58,7 @@ $(VENV)/.built: $(VENV)/.packages $(NATIVE_SOURCES)
 	@touch $@
 
 test: setup  ## the default test suite
-	$(BIN)/python -m pytest -q -n auto --dist worksteal $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -n auto $(PYTEST_ARGS)
 
 budget: setup  ## compile every shipped Triton configuration for three GPU generations; writes tests/triton/budget.csv
 	$(BIN)/python tests/triton/resources.py
