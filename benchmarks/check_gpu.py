@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from step_answers import Wrong, as_accurate, copied, same_bits, state, worst_share
+from step_answers import Wrong, as_accurate, copied, one_step, same_bits, state, worst_share
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
@@ -216,22 +216,17 @@ def autocast(s: Setting) -> str:
     return ", ".join(told)
 
 
-def _one_step(model: nn.Module, x: Tensor, target: Tensor) -> dict[str, Tensor]:
-    out = networks.training_step(model, x, target, x.dtype)
-    return copied(state(model)) | {"logits": out}
-
-
 def tf32(s: Setting) -> str:
     """fp32 with and without TF32 in convolutions: as accurate as stock under the same setting."""
     s.needs_gpu("a processor has no TF32")
     x, target = s.batch()
-    gold = _one_step(networks.double_copy(s.network(fused=False)), x.double(), target)
+    gold = one_step(networks.double_copy(s.network(fused=False)), x.double(), target)
     told, before = [], torch.backends.cudnn.conv.fp32_precision
     try:
         for precision in ("ieee", "tf32"):
             torch.backends.cudnn.conv.fp32_precision = precision
-            ours, stock = (_one_step(s.network(fused), x, target) for fused in (True, False))
-            other = _one_step(networks.in_layout(s.network(False), torch.contiguous_format), x.contiguous(), target)
+            ours, stock = (one_step(s.network(fused), x, target) for fused in (True, False))
+            other = one_step(networks.in_layout(s.network(False), torch.contiguous_format), x.contiguous(), target)
             share = as_accurate(ours, (stock, other), gold, torch.float32, precision)
             told.append(f"{precision} {share:.2f} of the limit")
     finally:
@@ -245,8 +240,8 @@ def deterministic(s: Setting) -> str:
     try:
         found = []
         for _ in range(3):
-            found.append(_one_step(s.network(), *s.batch()))
-            _one_step(s.network(), *s.batch(7))
+            found.append(one_step(s.network(), *s.batch()))
+            one_step(s.network(), *s.batch(7))
     finally:
         torch.use_deterministic_algorithms(False)
     for other in found[1:]:

@@ -63,6 +63,12 @@ def as_accurate(
     return worst
 
 
+def one_step(model: nn.Module, x: Tensor, target: Tensor) -> dict[str, Tensor]:
+    """The state behind a training step in the dtype of ``x``, and the logits."""
+    out = networks.training_step(model, x, target, x.dtype)
+    return copied(state(model)) | {"logits": out}
+
+
 class Odd(nn.Module):
     """A stem, a bottleneck and a basic block of 17 and 35 channels; ``fused`` as this package runs them, or module by module."""
 

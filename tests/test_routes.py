@@ -127,8 +127,8 @@ def test_faults_of_routing_are_seen(fault: type, gpu: Pretended, monkeypatch: py
 
 @pytest.mark.parametrize("name", ["_before", "_first"])
 def test_a_filter_off_by_one_is_seen(name: str, gpu: Pretended, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = getattr(routed, name)
-    monkeypatch.setattr(routed, name, lambda weight: right(weight) - 1)
+    right = getattr(recast, name)
+    monkeypatch.setattr(recast, name, lambda weight: right(weight) - 1)
     ours, stock = deep_stem()
     gpu.choice = "routed 17x3x7x7/2=space_to_depth"
     with pytest.raises((AssertionError, RuntimeError)):
