@@ -142,6 +142,8 @@ def _run_chain(
     x = x.to(dtype)
     out, statistics = operators.chain(x, None if identity else residual, chain, route)
     modules = [*units] if projection is None else [*units, (*projection, None)]
+    if not any(spec.training for spec in chain.units):
+        return out  # an empty region without gradients would be a node that torch.export refuses
     with torch.no_grad():
         for (conv, bn, _), spec, shape, stats in zip(modules, chain.units, shapes, statistics, strict=False):
             if spec.training:

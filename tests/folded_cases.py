@@ -56,7 +56,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, providers: Mapping[str, Kernels
     monkeypatch.setattr(devices, "describe", lambda device: devices.DEVICES["H200"])
     monkeypatch.setattr(folded_gpu, "is_on_gpu", lambda x: x.device.type == "cpu")
     monkeypatch.setattr("resnet_fused.folded._FAST_DTYPES", ())  # oneDNN's
-    routes._device_key.cache_clear()
+    routes.reload()
 
 
 def question(geometry: str, epilogue: str, dtype: torch.dtype) -> Question:

@@ -50,7 +50,9 @@ def test_gradcheck(backend: str, name: str, mode: str) -> None:
 
 
 @pytest.mark.one_in(3)
-@pytest.mark.parametrize("name", ["bottleneck-strided", "basic-projection", "conv-residual"])
+@pytest.mark.parametrize(
+    "name", ["bottleneck-strided", pytest.param("basic-projection", marks=pytest.mark.slow), "conv-residual"]
+)
 @pytest.mark.parametrize("mode", ["train", "last"])
 def test_gradcheck_every_entry_of_the_jacobian(backend: str, name: str, mode: str) -> None:
     ours, _ = pair(name)

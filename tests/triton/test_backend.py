@@ -56,6 +56,7 @@ def test_steps_under_autocast() -> None:
     assert all(p.grad.dtype == torch.float32 for p in model.parameters())
 
 
+@pytest.mark.slow
 def test_the_kernels_are_the_ones_that_run() -> None:
     """Not their stand-ins of the aten backend."""
     wanted = [

@@ -48,7 +48,8 @@ def small_case(function: str = "small_kernel", arch: int = 90, block_m: int = 64
     return Case("gram", "", "bfloat16", arch, "test_budget", function, types, constants, warps, 1, (block_m, 64, 64))
 
 
-@pytest.mark.parametrize("arch", [a if a == 90 else pytest.param(a, marks=pytest.mark.slow) for a in registry.ARCHES])
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", registry.ARCHES)
 def test_kernels_keep_within_their_budget(arch):
     cases = registry.default_suite(arch)
     budget = resources.read_budget()

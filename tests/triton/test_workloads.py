@@ -60,6 +60,7 @@ def asked_by_a_real_step(network: nn.Module, dtype: torch.dtype, training: bool)
     return asked
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize(
     "name, dtype, training, own_conv3x3",
     [
@@ -199,6 +200,7 @@ def test_a_trial_of_every_method_is_right(of_every_method):
         assert found.is_right, (workload.method, workload.shape, found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [FP32, torch.float16], ids=["float32", "float16"])
 def test_trials_of_other_dtypes(dtype):
     for workload in list(workloads(NETWORKS["bottleneck"](), 2, 32, dtype, True))[-12:]:
