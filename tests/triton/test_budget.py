@@ -125,6 +125,7 @@ def test_every_kernel_that_is_tuned_is_registered():
     assert {kernel.name for kernel in registry.REGISTRY if not kernel.own_configs} == set(configs.KERNELS)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("arch", registry.ARCHES)
 def test_registers_are_pinned(arch):
     budget = resources.read_budget()
