@@ -352,7 +352,7 @@ _CHECKED = [(name, True, "auto") for name in _CHAINS]
 _CHECKED += [("projection", False, "auto"), ("stem", False, "auto"), ("projection", True, "aten")]
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(("name", "training", "chosen"), _CHECKED)
 def test_opcheck_chain(name: str, training: bool, chosen: str) -> None:
     x, residual, chain = _chain(name, training)

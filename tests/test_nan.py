@@ -255,7 +255,7 @@ def test_modules(backend: str, name: str, value: float, dtype: torch.dtype) -> N
                 raise AssertionError(f"{where}, training={training}: {error}") from error
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(8)
 @every_dtype
 @pytest.mark.parametrize("value", [math.nan, math.inf], ids=["nan", "inf"])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
