@@ -17,7 +17,6 @@ from torch import nn
 
 from . import backends, clock, models, networks, routes, tables, tune_folded, tune_routes
 from .console import UsageError, print_table, progress_bar, warn
-from .routes import STOCK
 
 if TYPE_CHECKING:  # Triton may be absent
     from .backends.triton import devices
@@ -208,11 +207,6 @@ def tune_kernels(
     return len(rows) == len(todo)
 
 
-def _route_row(name: str, entry: routes.Entry) -> list[str]:
-    stock = entry.us if entry.choice == STOCK else entry.others[STOCK]
-    return [name, f"{stock:.1f}", f"{entry.us:.1f}", f"{stock / entry.us:.2f}×", entry.choice]
-
-
 def tune_chains(
     names: Sequence[str],
     batch: int,
@@ -238,11 +232,11 @@ def tune_chains(
             for (name, dtype), case in cases.items():
                 progress.update(task, description=name)
                 entry = tune_routes.tune_case(case, networks.DTYPES[dtype], device, timer, path, left_out.append)
-                rows.append(_route_row(f"{name} {dtype}", entry))
+                rows.append(tune_folded.row(f"{name} {dtype}", entry))
                 progress.advance(task)
         for dtype in dtypes if training else ():
             entry = tune_routes.tune_add_relu(batch, networks.DTYPES[dtype], device, timer, path, left_out.append)
-            rows.append(_route_row(f"add_relu {dtype}", entry))
+            rows.append(tune_folded.row(f"add_relu {dtype}", entry))
     finally:
         if rows:
             header = ["chain", "stock µs", "µs", "faster", "runs on"]

@@ -171,9 +171,10 @@ def tune(question: Question, timer: clock.Clock, path: Path, report: Callable[[s
     return entry
 
 
-def _row(question: Question, entry: routes.Entry) -> list[str]:
+def row(name: str, entry: routes.Entry) -> list[str]:
+    """Of the table for a terminal."""
     stock = entry.us if entry.choice == STOCK else entry.others[STOCK]
-    return [question.name, f"{stock:.1f}", f"{entry.us:.1f}", f"{stock / entry.us:.2f}×", entry.choice]
+    return [name, f"{stock:.1f}", f"{entry.us:.1f}", f"{stock / entry.us:.2f}×", entry.choice]
 
 
 def tune_network(network: nn.Module, x: Tensor, timer: clock.Clock, path: Path) -> None:
@@ -190,7 +191,7 @@ def tune_network(network: nn.Module, x: Tensor, timer: clock.Clock, path: Path) 
             task = progress.add_task("folded convolutions", total=len(questions))
             for question in questions:
                 progress.update(task, description=question.name)
-                rows.append(_row(question, tune(question, timer, path, left_out.append)))
+                rows.append(row(question.name, tune(question, timer, path, left_out.append)))
                 progress.advance(task)
     finally:
         routes.reload()

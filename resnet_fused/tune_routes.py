@@ -20,14 +20,13 @@ from .backends.operands import is_pointwise
 from .clock import Clock, medians
 from .plans.choice import choose_plans
 from .plans.spec import Chain, Unit, unflatten
+from .providers import GRADIENT_FLOOR
 from .routes import STOCK, Entry, Route
 
 SAMPLES = 20
 CHECKED_BATCH = 16  # images of which answers are compared with float64
 ADD_RELU_SHAPE = (256, 56, 56)  # of ResNet-50's first stage
 _SLACK, _ULPS = 2.0, 4.0
-# A ReLU that flips within a rounding of its kink is worth this much of a gradient.
-_GRADIENT_FLOOR = 2e-2
 
 
 # The chains of a network
@@ -164,7 +163,7 @@ class Judge:
         ours = _errors(self._trial.run(route), self._gold)
         floor = _ULPS * torch.finfo(self._trial.dtype).eps
         for i, (error, stock) in enumerate(zip(ours, self._stock, strict=True)):
-            allowed = _SLACK * stock + floor + (_GRADIENT_FLOOR if i else 0.0)
+            allowed = _SLACK * stock + floor + (GRADIENT_FLOOR if i else 0.0)
             if not error <= allowed:
                 return f"{'gradient' if i else 'output'} {i}: error {error:.1e}, of stock {stock:.1e}"
         return ""

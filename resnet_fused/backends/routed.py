@@ -9,6 +9,7 @@ A route is ``KxCxRxS/stride=provider`` (see ``signature``). What is not named ru
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from .aten import AtenKernels
 from .kernels import Kernels
-from .operands import Below, Conv, Feedback, Gradient, NormGrad, Operand, Product
+from .operands import Conv, Product
 
 PREFIX = "routed"
 CUDNN, CUBLAS, TRITON, EXTENSION, SPACE_TO_DEPTH = "cudnn", "cublas", "triton", "cuda", "space_to_depth"
@@ -73,62 +74,20 @@ class RoutedKernels(AtenKernels):
         # Triton's does not make the host wait, whatever else runs.
         self._flagged: Any = providers.get(TRITON, self._lazy)
 
-    def _of(self, weight: Tensor, conv: Conv) -> Any:
+    def _of(self, weight: Tensor | None, conv: Conv | None) -> Any:
+        if weight is None or conv is None:  # a batch norm alone
+            return self._base
         return self._routes.get(signature(weight.shape, conv), self._base)
-
-    def fprop(self, x: Operand, weight: Tensor, conv: Conv) -> Tensor:
-        return self._of(weight, conv).fprop(x, weight, conv)
-
-    def fprop_stats(self, x: Operand, weight: Tensor, conv: Conv) -> tuple[Tensor, Tensor, Tensor]:
-        return self._of(weight, conv).fprop_stats(x, weight, conv)
-
-    def dgrad(
-        self,
-        dy: Gradient,
-        x: Tensor,
-        weight: Tensor,
-        conv: Conv,
-        residual: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> Tensor:
-        return self._of(weight, conv).dgrad(dy, x, weight, conv, residual, mask)
-
-    def dgrad_below(self, dy: Gradient, weight: Tensor, conv: Conv, below: Below, want_activation: bool) -> NormGrad:
-        return self._of(weight, conv).dgrad_below(dy, weight, conv, below, want_activation)
-
-    def wgrad(self, dy: Gradient, x: Operand, weight: Tensor, conv: Conv) -> Tensor:
-        return self._of(weight, conv).wgrad(dy, x, weight, conv)
-
-    def gradient(
-        self,
-        found: NormGrad,
-        below: Below,
-        coefficients: tuple[Tensor, Tensor, Tensor],
-        weight: Tensor | None,
-        conv: Conv | None,
-        inplace: bool,
-    ) -> Gradient:
-        kernels = self._base if weight is None or conv is None else self._of(weight, conv)
-        return kernels.gradient(found, below, coefficients, weight, conv, inplace)
 
     def fprop_bn_act(
         self, products: Sequence[Product], shift: Tensor, residual: Tensor | None, relu: bool, save_mask: bool
     ) -> tuple[Tensor, Tensor]:
         return self._of(products[0].weight, products[0].conv).fprop_bn_act(products, shift, residual, relu, save_mask)
 
-    def dgrad_bn_act(
-        self,
-        grad: Tensor,
-        mask: Tensor | None,
-        weight: Tensor,
-        conv: Conv,
-        feedback: Feedback | None,
-        acc: Tensor | None = None,
-    ) -> Tensor:
-        return self._lazy.dgrad_bn_act(grad, mask, weight, conv, feedback, acc)
-
 
 def _on(which: str, name: str) -> Any:
+    """The method that calls the same of one of the providers."""
+
     def method(self: RoutedKernels, *args: Any, **kwargs: Any) -> Any:
         return getattr(getattr(self, which), name)(*args, **kwargs)
 
@@ -136,15 +95,36 @@ def _on(which: str, name: str) -> Any:
     return method
 
 
+def _on_its_filter(name: str) -> Any:
+    """The method that calls the same of the provider that its arguments ``weight`` and ``conv`` lead to."""
+    parameters = inspect.signature(getattr(Kernels, name))
+
+    def method(self: RoutedKernels, *args: Any, **kwargs: Any) -> Any:
+        given = parameters.bind(self, *args, **kwargs).arguments
+        return getattr(self._of(given["weight"], given["conv"]), name)(*args, **kwargs)
+
+    method.__name__ = name
+    return method
+
+
+_OF_FILTERS = ("fprop", "fprop_stats", "dgrad", "dgrad_below", "wgrad", "gradient")
 _OF_COVARIANCE = (
-    *("operand", "gram", "gram_unit", "operand_eps", "dgrad_bn_act", "dgrad_bn_act_below", "wgrad_bn_act"),
+    "operand",
+    "gram",
+    "gram_unit",
+    "operand_eps",
+    "dgrad_bn_act",
+    "dgrad_bn_act_below",
+    "wgrad_bn_act",
 )
 _OF_FLAGGED = ("recompute_statistics", "reads_back")
-_OF_CONVOLUTIONS = set(vars(RoutedKernels)) | {*_OF_COVARIANCE, *_OF_FLAGGED}
+_ELSEWHERE = {"fprop_bn_act", *_OF_FILTERS, *_OF_COVARIANCE, *_OF_FLAGGED}
+for _name in _OF_FILTERS:
+    setattr(RoutedKernels, _name, _on_its_filter(_name))
 for _which, _names in (("_lazy", _OF_COVARIANCE), ("_flagged", _OF_FLAGGED)):
     for _name in _names:
         setattr(RoutedKernels, _name, _on(_which, _name))
 for _class in Kernels.__mro__[:2]:  # the passes, and the algebra between them
     for _name, _value in vars(_class).items():
-        if callable(_value) and not _name.startswith("_") and _name not in _OF_CONVOLUTIONS:
+        if callable(_value) and not _name.startswith("_") and _name not in _ELSEWHERE:
             setattr(RoutedKernels, _name, _on("_base", _name))
