@@ -215,7 +215,7 @@ def count_launches(contests: Sequence[Contest], kernels: CudaConvolutionKernels,
 
 def csv_rows(contest: Contest, dtype: str, device: str, bound: Bound) -> list[dict[str, Any]]:
     """With the columns of ``result_file.COLUMNS``, a row for each contestant."""
-    found, case = info.versions(), contest.case
+    case = contest.case
     fixed = {
         "op": case.name,
         "mode": MODE,
@@ -223,8 +223,7 @@ def csv_rows(contest: Contest, dtype: str, device: str, bound: Bound) -> list[di
         "dtype": dtype,
         "layout": "" if contest.baseline == FORMULAS else "channels_last",
         "device": device,
-        "versions": f"resnet_fused {found['resnet_fused']}; torch {found['torch']}",
-        "commit": found["commit"],
+        **info.provenance(),
     }
     made = []
     for name in contest.samples:

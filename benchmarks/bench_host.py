@@ -317,12 +317,10 @@ def counts(name: str, mode: str, dtype: torch.dtype) -> list[dict[str, Any]]:
 
 def run(device: torch.device, dtype: str, repeats: int, results_file: str | None) -> int:
     """Measures, counts where there is no GPU, prints a table, and appends rows; always 0."""
-    versions = info.versions()
     fixed = {
         "dtype": dtype,
         "device": info.device_name(str(device)),
-        "versions": f"resnet_fused {versions['resnet_fused']}; torch {versions['torch']}; triton {versions['triton']}",
-        "commit": versions["commit"],
+        **info.provenance("triton"),
     }
     made = []
     for name, (_, shape) in BLOCKS.items():

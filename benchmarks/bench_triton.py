@@ -206,11 +206,7 @@ def csv_rows(
     workload: Any, samples: dict[str, list[float]], accuracy: Any, mode: str, gpu: Any
 ) -> list[dict[str, Any]]:
     """With the columns of ``result_file.COLUMNS``, a row for each provider."""
-    found = info.versions()
-    fixed = fixed_columns(workload, mode, gpu) | {
-        "versions": f"resnet_fused {found['resnet_fused']}; torch {found['torch']}; triton {found['triton']}",
-        "commit": found["commit"],
-    }
+    fixed = fixed_columns(workload, mode, gpu) | info.provenance("triton")
     made = []
     for name, us in samples.items():
         low, middle, high = (

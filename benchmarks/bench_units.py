@@ -213,7 +213,7 @@ def roofline_s(case: Case, bound: Bound) -> float | None:
 
 def csv_rows(case: Case, results: dict[str, Result], device: str, bound: Bound) -> list[dict[str, Any]]:
     """A row for each contestant that was right. GB/s are those of its own plan, the roofline is that of ``LEAST``."""
-    versions = info.versions()
+    provenance = info.provenance()
     made = []
     for name, result in results.items():
         if result.samples_ms is None:
@@ -231,8 +231,7 @@ def csv_rows(case: Case, results: dict[str, Result], device: str, bound: Bound) 
                 "fraction_of_roofline": "" if least is None else f"{least / seconds:.3g}",
                 "ratio_to_stock": f"{results[STOCK].quantile() / result.quantile():.4f}",
                 "error_vs_fp64": f"{result.error:.2e}",
-                "versions": f"resnet_fused {versions['resnet_fused']}; torch {versions['torch']}",
-                "commit": versions["commit"],
+                **provenance,
             }
         )
     return made

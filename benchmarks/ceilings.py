@@ -41,7 +41,7 @@ def contests(mib: int, size: int, device: torch.device) -> list[tuple[str, str, 
 def run(options: argparse.Namespace) -> int:
     check_results_file(options.results_file)
     device, name = torch.device(options.device), info.device_name(options.device)
-    clock, versions = Clock(device), info.versions()
+    clock, provenance = Clock(device), info.provenance()
     done = measured(options.results_file, name) if options.resume else set()
     table = []
     for op, shape, dtype, moved, flops, call in contests(options.mib, options.size, device):
@@ -59,8 +59,7 @@ def run(options: argparse.Namespace) -> int:
             "tflop_per_s": f"{flops / seconds / 1e12:.4g}" if flops else "",
             "fraction_of_roofline": "" if share is None else f"{share:.3g}",
             "device": name,
-            "versions": f"resnet_fused {versions['resnet_fused']}; torch {versions['torch']}",
-            "commit": versions["commit"],
+            **provenance,
         }
         table.append([row[column] for column in SHOWN])
         if options.results_file:

@@ -53,7 +53,6 @@ class Record:
         return {row["key"]: row["result"] for row in read(self._path) if row["device"] == self._device}
 
     def add(self, step: Step, result: str, seconds: float) -> None:
-        versions = info.versions()
         row = {
             "part": step.part,
             "step": step.name,
@@ -61,8 +60,7 @@ class Record:
             "seconds": f"{seconds:.1f}",
             "device": self._device,
             "key": step.key,
-            "versions": f"resnet_fused {versions['resnet_fused']}; torch {versions['torch']}; triton {versions['triton']}",
-            "commit": versions["commit"],
+            **info.provenance("triton"),
         }
         append_csv(str(self._path), [row], COLUMNS)
 

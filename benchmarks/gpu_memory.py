@@ -39,15 +39,13 @@ def run(options: argparse.Namespace) -> int:
     setting = providers.Setting(
         options.model, options.mode, options.dtype, options.device, options.batch, options.image_size
     )
-    versions = info.versions()
     fixed = {
         "mode": options.mode,
         "shape": f"{options.batch}x3x{options.image_size}x{options.image_size}",
         "dtype": options.dtype,
         "layout": "channels_last",
         "device": info.device_name(options.device),
-        "versions": f"resnet_fused {versions['resnet_fused']}; torch {versions['torch']}",
-        "commit": versions["commit"],
+        **info.provenance(),
     }
     table: list[list[str]] = []
     failed = 0

@@ -71,6 +71,15 @@ def versions() -> dict[str, str]:
     return found
 
 
+def provenance(*packages: str) -> dict[str, str]:
+    """The columns "versions", of this package, PyTorch and ``packages``, and "commit" of a measured row."""
+    found = versions()
+    return {
+        "versions": "; ".join(f"{name} {found[name]}" for name in ("resnet_fused", "torch", *packages)),
+        "commit": found["commit"],
+    }
+
+
 def _cpuinfo() -> dict[str, str]:
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
