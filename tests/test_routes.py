@@ -383,3 +383,27 @@ def test_tables_of_routes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert (routes.measured("a"), routes.measured("b"), routes.measured("c")) == ("routed x=cuda", "routed", None)
     monkeypatch.undo()
     routes.reload()
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_functional_calls_without_an_entry_are_stock(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routes, "of_chain", lambda *question: routes.Route(routes.STOCK))
+    monkeypatch.setattr(routes, "of_add_relu", lambda a: routes.Route(routes.STOCK))
+    monkeypatch.delattr(operators, "chain")
+    monkeypatch.delattr(operators, "add_relu")
+    conv, bn = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8, momentum=0.3).train(training)
+    ours, x = copy.deepcopy(bn), torch.randn(4, 3, 9, 9)
+    vectors = ours.weight, ours.bias, ours.running_mean, ours.running_var
+    found = resnet_fused.functional.conv_bn_relu(x, conv.weight, *vectors, training=training, momentum=0.3)
+    assert torch.equal(found, bn(conv(x)).relu())
+    assert torch.equal(ours.running_mean, bn.running_mean) and torch.equal(ours.running_var, bn.running_var)
+    assert torch.equal(resnet_fused.functional.add_relu(found, found), (found + found).relu())
+
+
+def test_one_section_of_a_table_leaves_the_other(tmp_path: Path) -> None:
+    path, entry = tmp_path / "table.json", routes.Entry("stock", 2.0, {"cuda": 3.0})
+    tables.write(path, "entries", {"k": {"config": [64, 64, 32, 4, 3], "us": 1}})
+    routes.add(path, {"a": entry})
+    routes.add(path, {"b": entry})
+    assert routes.read(path) == {"a": entry, "b": entry}
+    assert list(tables.parse(path.read_text(encoding="utf-8"))["entries"]) == ["k"]
