@@ -15,6 +15,7 @@ from . import recast, routed
 from .aten import AtenKernels
 from .cpu import CpuKernels
 from .cuda import CudaConvolutionKernels, CudaKernels, cuda_kernels
+from .empty import EmptyKernels
 from .kernels import Kernels
 from .operands import Conv, acc_dtype
 
@@ -33,6 +34,7 @@ __all__ = [
 
 ENVIRONMENT_VARIABLE = "RESNET_FUSED_BACKEND"
 
+_EMPTY = EmptyKernels()
 _KERNELS: dict[str, Kernels] = {"aten": AtenKernels()}
 _REASONS: dict[str, str] = {}
 if native.is_loaded():
@@ -155,19 +157,21 @@ def _routed(name: str) -> Kernels:
 
 def get(name: str) -> Kernels:
     """The kernels of an available backend, or of the routes in ``name``."""
-    found = _KERNELS.get(name)
+    found = _EMPTY if name == _EMPTY.name else _KERNELS.get(name)
     return _routed(name) if found is None else found
 
 
 def for_running_statistics(name: str) -> Kernels:
     """Whose ``update_running`` belongs to backend ``name``: a call outside of the operators, into which torch.compile looks, and
     where it would take the making of routes for a part of the model."""
-    found = _KERNELS.get(name)
+    found = _EMPTY if name == _EMPTY.name else _KERNELS.get(name)
     return _KERNELS.get("cuda", _KERNELS["aten"]) if found is None else found
 
 
-def choose(device: torch.device) -> str:
+def choose(device: torch.device, empty: bool = False) -> str:
     """The backend for tensors on ``device`` that no route names: the user's choice, or under ``auto`` a safe one."""
+    if empty:
+        return _EMPTY.name
     wish = current()
     if wish == "auto":
         return "cpu" if device.type == "cpu" and "cpu" in _KERNELS else "aten"
