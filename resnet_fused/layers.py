@@ -33,13 +33,13 @@ def _group(norms: Sequence[nn.Module]) -> str | None:
 
     A compiled graph is for any number of processes, and finds out when it runs.
     """
-    names = {name for bn in norms if bn.training and (name := dispatch.group_name(bn))}
+    names = [dispatch.group_name(bn) for bn in norms if bn.training]
+    names = [name for name in names if name]
     if not names:
         return ""
-    if len(names) > 1:
+    if any(name != names[0] for name in names):
         return None
-    (name,) = names
-    return name if torch.compiler.is_compiling() or collectives.is_active(name) else ""
+    return names[0] if torch.compiler.is_compiling() or collectives.is_active(names[0]) else ""
 
 
 def _unit(conv: nn.Conv2d | None, bn: nn.BatchNorm2d, act: Activation, group: str) -> Unit:
