@@ -192,7 +192,9 @@ class _Backward:
             scaled = self.rows[i].scaled if i in self.rows else self.k.scaled_filter(weight, self.norms[i].scale)
             return scaled, self.conv(i), None
         assert a is not None
-        return self.rows[i].scaled, self.conv(i), self.k.feedback(a, weight, moments, self.rows[i])
+        channels = weight.shape[1]
+        packed = moments[: channels * (channels + 3) // 2]  # without what synchronised moments have besides
+        return self.rows[i].scaled, self.conv(i), self.k.feedback(a, weight, packed, self.rows[i])
 
     def conv(self, i: int) -> Conv:
         conv = self.chain.units[i].conv
