@@ -44,7 +44,10 @@ def convert_sync_batchnorm(model: nn.Module, process_group: Any = None) -> nn.Mo
     Raises:
         ValueError: a batch norm is of a class that does something else besides, by name; nothing is changed then. This process
             is not in the group.
+        TypeError: model is not an nn.Module.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     group = collectives.name_of(process_group)
     norms = [(name, module) for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
     kinds = [_kind(name, norm) for name, norm in norms]
