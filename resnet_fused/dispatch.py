@@ -62,10 +62,17 @@ def conv_is_plain(conv: nn.Module) -> bool:
 BATCH_NORMS: set[type] = {nn.BatchNorm2d, nn.SyncBatchNorm}
 
 
+def is_frozen_norm(bn: nn.Module) -> bool:
+    """torchvision's ``FrozenBatchNorm2d`` or one like it: four buffers, ``eps``, and the formula of a batch norm in eval mode."""
+    return type(bn).__name__ == "FrozenBatchNorm2d" and all(
+        hasattr(bn, name) for name in ("weight", "bias", "running_mean", "running_var", "eps")
+    )
+
+
 def norm_is_plain(bn: nn.Module) -> bool:
     """A batch norm with affine parameters and running statistics."""
     return (
-        type(bn) in BATCH_NORMS
+        (type(bn) in BATCH_NORMS or is_frozen_norm(bn))
         and is_plain(bn, type(bn))
         and bn.weight is not None
         and bn.bias is not None

@@ -324,14 +324,14 @@ def test_other_norms(norm: str, project: bool, fused_calls: list[str]) -> None:
     x = torch.randn(2, 4, 7, 9, dtype=torch.float64)
     for training in (True, True, False):
         assert_same_step(ours.train(training), stock.train(training), x)
-    assert len(fused_calls) == (3 if norm in ("momentum None", "eps") else 0)
+    assert len(fused_calls) == (3 if norm in ("momentum None", "eps", "frozen") else 0)
 
 
 @pytest.mark.parametrize("norm", ["group", "frozen"])
 def test_network_with_norm_layer(norm: str, fused_calls: list[str]) -> None:
     ours, stock = networks(norm_layer=_OTHER_NORMS[norm], zero_init_residual=True)
     assert_same_step(ours, stock, images())
-    assert not fused_calls
+    assert len(fused_calls) == (5 if norm == "frozen" else 0)
 
 
 def _prune(conv: nn.Module) -> None:
@@ -413,3 +413,15 @@ def test_distributed_data_parallel() -> None:
         assert_same(step(nn.parallel.DistributedDataParallel(ours), images(), ours), step(stock, images()))
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_frozen_norms_that_promote_run_as_stock(fused_calls: list[str]) -> None:
+    """Under autocast torchvision's frozen norm makes float32 of half precision: its buffers are float32."""
+    ours, stock = networks(norm_layer=_OTHER_NORMS["frozen"], dtype=torch.float32)
+    x = images(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = step(ours, x), step(stock, x)
+    assert not fused_calls
+    assert all(torch.equal(found[name], t) and found[name].dtype == t.dtype for name, t in expected.items())
+    assert_same(step(ours.double(), images()), step(stock.double(), images()))
+    assert len(fused_calls) == 5
