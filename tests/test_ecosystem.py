@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,32 +18,10 @@ from torch.nn.utils import parametrizations, prune
 from torch.optim import swa_utils
 
 import resnet_fused
-from resnet_fused import operators
 from resnet_fused.testing import import_torchvision
 
 torchvision = import_torchvision()
 RESNET18 = (2, 2, 2, 2)
-
-
-@pytest.fixture
-def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Grows by one with each chain that runs as a fused operator."""
-    calls: list[str] = []
-    run = operators.chain
-
-    def counted(x, residual, chain, route):
-        calls.append(chain.shortcut.name)
-        return run(x, residual, chain, route)
-
-    monkeypatch.setattr(operators, "chain", counted)
-    return calls
-
-
-@pytest.fixture
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def test_network_is_fused_and_agrees(fused_calls: list[str]) -> None:
