@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.fx import Node
 
 from .graph import Rewritten, rewrite
@@ -86,6 +86,15 @@ def _deepcopy(module: Any, memo: dict[int, Any]) -> Any:
     return copied
 
 
+def _recompile(module: Any) -> Any:
+    """For an fx.GraphModule, which compiles its graph into its class, which must be its own."""
+    module.__class__ = module._stock_class
+    try:
+        return module.recompile()
+    finally:
+        _fuse_quietly(module)
+
+
 @functools.cache
 def _pending_class(stock: type[nn.Module]) -> type[nn.Module]:
     return type(stock)(stock.__name__, (_Pending, stock), {"_stock_class": stock, "__module__": stock.__module__})  # type: ignore[misc]
@@ -110,7 +119,7 @@ _METHODS = ("forward", "forward_features")
 _METHOD = """\
 def {method}({inputs}, *args, **kwargs):
     if args or kwargs or not ({tensors}) or _is_tracing() or _Stock.{method} is not _stock_method or not ({guard}):
-        return _stock_method({inputs}, *args, **kwargs)
+        return _Stock.{method}({inputs}, *args, **kwargs)
     return _run({inputs})
 """
 _classes: dict[tuple[Any, ...], type[nn.Module]] = {}
@@ -182,33 +191,41 @@ def _fused_class(stock: type[nn.Module], methods: list[_Method]) -> type[nn.Modu
         attributes: dict[str, Any] = {method.name: method.compile(f"{name} {method.name}") for method in methods}
         attributes |= {
             "_stock_class": stock,
-            "_returns_tensor": methods[0].returns_tensor,
+            "_returns_tensor": methods[0].name == "forward" and methods[0].returns_tensor,
             "__module__": stock.__module__,
             "__qualname__": stock.__qualname__,
             "__doc__": stock.__doc__,
         }
         if hasattr(stock, "__deepcopy__"):
             attributes["__deepcopy__"] = _deepcopy
+        if issubclass(stock, fx.GraphModule):
+            attributes["recompile"] = _recompile
         _classes[key] = type(stock)(stock.__name__, (_Fused, stock), attributes)  # type: ignore[misc]
     return _classes[key]
 
 
-def _rewritten_methods(module: nn.Module) -> tuple[Rewritten, list[_Method]]:
-    """What was found in ``forward``, and the methods to replace."""
-    stock = type(module)
-    traces = {"forward": trace(module)}
-    found = rewrite(module, traces["forward"].graph)
-    skipped = {"forward": sorted(found.skipped)}
-    if not found.patterns:
-        return found, []
-    for name in _METHODS[1:]:
+def _rewritten(module: nn.Module) -> tuple[Rewritten, list[_Method]]:
+    """What was found in the first method in which there is something to fuse, and all methods to replace.
+
+    Raises:
+        LeftAlone: no method could be traced; the reason is that of ``forward``.
+    """
+    stock, results, reasons = type(module), {}, []
+    for name in _METHODS:
         if inspect.isfunction(getattr(stock, name, None)):
-            with contextlib.suppress(LeftAlone):
+            try:
                 traced = trace(module, name)
-                other = rewrite(module, traced.graph)
-                if other.patterns:
-                    traces[name], skipped[name] = traced, sorted(other.skipped)
-    return found, [_Method(stock, name, t, Guard(module, t, skipped[name], traces)) for name, t in traces.items()]
+                results[name] = (traced, rewrite(module, traced.graph))
+            except LeftAlone as reason:
+                reasons.append(reason)
+    if not results:
+        raise reasons[0]
+    replaced = {name: result for name, result in results.items() if result[1].patterns}
+    found = next(iter((replaced or results).values()))[1]
+    return found, [
+        _Method(stock, name, traced, Guard(module, traced, sorted(rewritten.skipped), replaced))
+        for name, (traced, rewritten) in replaced.items()
+    ]
 
 
 def _swap(module: nn.Module) -> Rewritten:
@@ -218,7 +235,7 @@ def _swap(module: nn.Module) -> Rewritten:
         LeftAlone: it cannot be proven that the graph does what the forward does.
     """
     try:
-        found, methods = _rewritten_methods(module)
+        found, methods = _rewritten(module)
         if methods:
             module.__class__ = _fused_class(type(module), methods)
     except LeftAlone:
