@@ -2,7 +2,7 @@
 
 from .backends import available_backends, backend, set_backend, unavailable_backends
 from .blocks import BasicBlock, Bottleneck
-from .convert import fuse, load, unfuse
+from .convert import fuse, load, save_pretrained, unfuse
 from .inference import optimize_for_inference
 from .layers import AddReLU, BNAddReLU2d, BNReLU2d, ConvBNReLU
 from .models import (
@@ -44,6 +44,7 @@ __all__ = [
     "resnext50_32x4d",
     "resnext101_32x8d",
     "resnext101_64x4d",
+    "save_pretrained",
     "set_backend",
     "set_covariance",
     "unavailable_backends",

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from feature_cases import assert_same_steps, flattened, step
 from stock_pairs import assert_same, images
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
@@ -38,33 +39,6 @@ def pair(name: str = "resnet18", **kwargs: Any) -> tuple[nn.Module, nn.Module]:
     return ours, stock
 
 
-def flattened(out: Any) -> dict[str, Tensor]:
-    """The tensors in a result, by their place."""
-    if isinstance(out, Tensor):
-        return {"out": out}
-    items = out.items() if isinstance(out, dict) else enumerate(out)
-    return {f"{key}.{name}": t for key, value in items for name, t in flattened(value).items()}
-
-
-def step(model: nn.Module, x: Tensor, method: str = "__call__", **kwargs: Any) -> dict[str, Tensor]:
-    """Outputs, all gradients and buffers by name, after one forward and backward with the same random draws."""
-    torch.manual_seed(5)
-    model.zero_grad(set_to_none=True)
-    x = x.clone().requires_grad_()
-    outputs = flattened(getattr(model, method)(x, **kwargs))
-    sum((t * torch.linspace(-1, 1, t.numel(), dtype=t.dtype).view_as(t)).sum() for t in outputs.values()).backward()  # type: ignore[union-attr]
-    found = {name: t.detach() for name, t in outputs.items()} | {"x grad": x.grad}
-    found |= {f"{name} grad": p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return found | {name: buffer.clone() for name, buffer in model.named_buffers()}
-
-
-def assert_same_steps(ours: nn.Module, stock: nn.Module, x: Tensor | None = None, **kwargs: Any) -> None:
-    """Training, then evaluation with the statistics that it left."""
-    x = images() if x is None else x
-    assert_same(step(ours.train(), x, **kwargs), step(stock.train(), x, **kwargs))
-    assert_same(step(ours.eval(), x, **kwargs), step(stock.eval(), x, **kwargs))
-
-
 # The registry
 
 
@@ -77,6 +51,7 @@ def test_every_builder_is_registered_with_the_tags_of_its_weights() -> None:
         assert (ours.tag, ours.hf_hub_id, ours.url) == (stock.tag, stock.hf_hub_id, stock.url)
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("name", BUILDERS)
 def test_names_and_shapes_are_those_of_timm_and_of_this_package(name: str) -> None:
     with torch.device("meta"):
@@ -130,7 +105,11 @@ _OPTIONS: dict[str, tuple[str, dict[str, Any], list[str] | None]] = {
     "zero_init_last": ("resnet18", {"zero_init_last": False}, NETWORK),
     "dropout": ("resnet18", {"drop_rate": 0.5}, NETWORK),
     # conv-bn-relu-conv-bn, DropPath, then the shortcut as conv-bn-add-relu; the first block has rate 0.
-    "drop path": ("resnet18", {"drop_path_rate": 0.9}, NETWORK[:2] + ["NONE", "TENSOR", "NONE"] + ["NONE", "TENSOR"] * 2),
+    "drop path": (
+        "resnet18",
+        {"drop_path_rate": 0.9},
+        NETWORK[:2] + ["NONE", "TENSOR", "NONE"] + ["NONE", "TENSOR"] * 2,
+    ),
     "drop block": ("resnet18", {"drop_block_rate": 0.3}, None),
     "deep stem": ("resnet18", _DEEP, None),
     "stem without pool": ("resnet18", {"replace_stem_pool": True}, None),
@@ -141,6 +120,7 @@ _OPTIONS: dict[str, tuple[str, dict[str, Any], list[str] | None]] = {
 }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("option", _OPTIONS)
 def test_options_of_timm(option: str, fused_calls: list[str]) -> None:
     name, kwargs, chains = _OPTIONS[option]
@@ -282,7 +262,7 @@ def test_grad_checkpointing(early_stop: bool, fused_calls: list[str]) -> None:
             found = step(model, images())
         results.append({n: t for n, t in found.items() if not early_stop or "grad" in n or n == "out"})
     assert_same(*results)
-    assert fused_calls == NETWORK[1:] + NETWORK[:0:-1] or len(fused_calls) == 2 * len(NETWORK[1:])
+    assert len(fused_calls) == 2 * len(NETWORK[1:])
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -309,6 +289,7 @@ _NORM_ACT: dict[str, tuple[str, dict[str, Any], int]] = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("network", _NORM_ACT)
 def test_batch_norm_with_activation(network: str, fused_calls: list[str]) -> None:
     name, kwargs, chains = _NORM_ACT[network]
@@ -378,6 +359,7 @@ def _saved(model: nn.Module) -> nn.Module:
     return copied
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("copying", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), _averaged, _saved])
 def test_copies_are_fused(copying: Any, fused_calls: list[str]) -> None:
     ours, stock = pair()
@@ -394,7 +376,7 @@ def test_unfuse_gives_timm_s_classes_back() -> None:
 
 
 def test_export_fx_and_jit() -> None:
-    ours, stock = (model.eval() for model in pair())
+    ours, stock = (model.eval() for model in pair(layers=(1, 1, 1, 1)))
     batch = torch.export.Dim("batch", min=1, max=64)
     exported = torch.export.export(ours, (images(4),), dynamic_shapes=({0: batch},)).module()
     traced = torch.fx.symbolic_trace(ours)
@@ -403,6 +385,7 @@ def test_export_fx_and_jit() -> None:
         torch.testing.assert_close(tool(images(3)), stock(images(3)))
 
 
+@pytest.mark.slow
 def test_onnx_export() -> None:
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")
     onnx_reference = pytest.importorskip("onnx.reference", reason="onnx is not installed")
@@ -416,17 +399,19 @@ def test_onnx_export() -> None:
     torch.testing.assert_close(torch.from_numpy(out), stock(x).detach(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("kwargs", [{}, {"features_only": True}])
 def test_compiles_in_one_graph(kwargs: dict[str, Any]) -> None:
     ours, stock = pair(**kwargs)
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
-    for found, expected in zip(flattened(compiled(images())).values(), flattened(stock(images())).values(), strict=True):
+    for found, expected in zip(
+        flattened(compiled(images())).values(), flattened(stock(images())).values(), strict=True
+    ):
         torch.testing.assert_close(found, expected)
 
 
 def test_optimized_for_inference() -> None:
-    for kwargs in ({}, {"drop_path_rate": 0.5}):
-        ours, stock = pair(**kwargs)
-        fast = resnet_fused.optimize_for_inference(ours.float())
-        torch.testing.assert_close(fast(images().float()), stock.eval().float()(images().float()), rtol=1e-3, atol=1e-3)
+    ours, stock = (model.eval().float() for model in pair(drop_path_rate=0.5))
+    fast = resnet_fused.optimize_for_inference(ours)
+    torch.testing.assert_close(fast(images().float()), stock(images().float()), rtol=1e-3, atol=1e-3)
