@@ -36,6 +36,7 @@ def test_loading_with_weights(tmp_path: Path) -> None:
         torch.hub.load(str(REPOSITORY), "no_such_model", source="local")
 
 
+@pytest.mark.slow
 def test_a_checkout_needs_no_installation(tmp_path: Path) -> None:
     """Hub puts the checkout on the path itself; without an installation nothing else brings the package."""
     code = (

@@ -32,29 +32,25 @@ def network(kind: str = "basic", depths: tuple[int, ...] = (2, 1, 1, 1), **kwarg
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_names_and_shapes_are_those_of_transformers(kind: str, tmp_path: Path) -> None:
-    save_pretrained(network(kind), tmp_path)
-    wanted = {key: () if s == "scalar" else tuple(map(int, s.split("x"))) for k, key, s in KEYS if k == kind}
-    assert {key: tuple(value.shape) for key, value in read(tmp_path).items()} == wanted
-    assert len(wanted) > 60
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_folder_is_read_back_as_it_was(kind: str, tmp_path: Path) -> None:
+def test_names_and_shapes_are_those_of_transformers_and_values_come_back(kind: str, tmp_path: Path) -> None:
     model = network(kind).to(memory_format=torch.channels_last)
-    save_pretrained(model, tmp_path / "new" / "folder")
-    again = load(ResNet(KINDS[kind], (2, 1, 1, 1), num_classes=10), read(tmp_path / "new" / "folder"))
+    folder = tmp_path / "new" / "folder"
+    save_pretrained(model, folder)
+    written = read(folder)
+    wanted = {key: () if s == "scalar" else tuple(map(int, s.split("x"))) for k, key, s in KEYS if k == kind}
+    assert {key: tuple(value.shape) for key, value in written.items()} == wanted
+    assert len(wanted) > 60
+    again = load(ResNet(KINDS[kind], (2, 1, 1, 1), num_classes=10), written)
     for key, value in model.state_dict().items():
         assert torch.equal(again.state_dict()[key], value), key
-    assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
 
 
 def test_a_builder_takes_the_folder_for_weights(tmp_path: Path) -> None:
     model = network(depths=(2, 2, 2, 2))
     save_pretrained(model, tmp_path)
-    for folder in (tmp_path, str(tmp_path)):
-        again = resnet_fused.resnet18(weights=folder)
-        assert torch.equal(again.fc.weight, model.fc.weight)
+    again = resnet_fused.resnet18(weights=str(tmp_path))
+    assert torch.equal(again.fc.weight, model.fc.weight)
 
 
 def test_the_configuration(tmp_path: Path) -> None:
@@ -69,6 +65,7 @@ def test_the_configuration(tmp_path: Path) -> None:
     assert not config["downsample_in_bottleneck"] and not config["downsample_in_first_stage"]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("origin", ["torchvision", "timm", "fused timm with drop path"])
 def test_models_of_others(origin: str, tmp_path: Path) -> None:
     if origin == "torchvision":
