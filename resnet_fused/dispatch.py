@@ -69,15 +69,19 @@ def is_frozen_norm(bn: nn.Module) -> bool:
     )
 
 
+def is_batch_norm(module: nn.Module | None) -> bool:
+    """A batch norm that a fused unit may hold, by its type."""
+    return type(module) in BATCH_NORMS or (module is not None and is_frozen_norm(module))
+
+
+def has_values(bn: nn.Module) -> bool:
+    """Whether a batch norm has affine parameters and running statistics."""
+    return bn.weight is not None and bn.bias is not None and bn.running_mean is not None
+
+
 def norm_is_plain(bn: nn.Module) -> bool:
     """A batch norm with affine parameters and running statistics."""
-    return (
-        (type(bn) in BATCH_NORMS or is_frozen_norm(bn))
-        and is_plain(bn, type(bn))
-        and bn.weight is not None
-        and bn.bias is not None
-        and bn.running_mean is not None
-    )
+    return is_batch_norm(bn) and is_plain(bn, type(bn)) and has_values(bn)
 
 
 def group_name(bn: nn.Module) -> str:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,32 +20,10 @@ from torch.nn.utils import parametrizations, prune
 from torch.optim import swa_utils
 
 import resnet_fused
-from resnet_fused import operators
 from resnet_fused.testing import import_torchvision
 
 torchvision = import_torchvision()
 RESNET18 = (2, 2, 2, 2)
-
-
-@pytest.fixture
-def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Grows by one with each chain that runs as a fused operator."""
-    calls: list[str] = []
-    run = operators.chain
-
-    def counted(x, residual, chain, route):
-        calls.append(chain.shortcut.name)
-        return run(x, residual, chain, route)
-
-    monkeypatch.setattr(operators, "chain", counted)
-    return calls
-
-
-@pytest.fixture
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def test_network_is_fused_and_agrees(fused_calls: list[str]) -> None:
@@ -425,3 +405,16 @@ def test_frozen_norms_that_promote_run_as_stock(fused_calls: list[str]) -> None:
     assert all(torch.equal(found[name], t) and found[name].dtype == t.dtype for name, t in expected.items())
     assert_same(step(ours.double(), images()), step(stock.double(), images()))
     assert len(fused_calls) == 5
+
+
+def test_the_table_in_the_documents_names_tests_that_exist() -> None:
+    tests = Path(__file__).parent
+    table = (tests.parent / "docs" / "ecosystem.md").read_text().split("## Conventions")[1]
+    named = 0
+    for row in table.splitlines():
+        text = ""
+        for file, name in re.findall(r"`(?:(test_\w+\.py)::)?(test_\w+)`", row):  # a file stands until the next one
+            text = (tests / file).read_text() if file else text
+            assert f"def {name}(" in text, f"{name}: {row}"
+            named += 1
+    assert named > 80
