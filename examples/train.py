@@ -104,7 +104,10 @@ class Training:
             self.network.compile()
         self.model: Any = self.network
         if world.ranks > 1:
-            self.model = DistributedDataParallel(self.network, [world.device] if world.device.type == "cuda" else None)
+            # DDP sorts its buckets anew behind its first step, and with that the order of three or more summands; a run that goes
+            # on has another first step. Where unused parameters are looked for DDP leaves the buckets alone.
+            device_ids = [world.device] if world.device.type == "cuda" else None
+            self.model = DistributedDataParallel(self.network, device_ids, find_unused_parameters=options.deterministic)
         parameters = list(self.network.parameters())
         decayed = {"params": [p for p in parameters if p.dim() > 1], "weight_decay": options.weight_decay}
         groups = [decayed, {"params": [p for p in parameters if p.dim() <= 1]}]
@@ -245,8 +248,7 @@ class Training:
             task = bar.add_task(self.options.model, total=self.total, completed=self.step)
             while self.epoch < self.options.epochs:
                 self._train_epoch(lambda: bar.advance(task))
-                halted = self._halts()
-                if not halted:
+                if not (halted := self._halts()):
                     self._finish_epoch()
                 self._save()
                 if halted:
@@ -275,12 +277,11 @@ def run(options: argparse.Namespace) -> int:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = not options.deterministic
-    world = join(options.device, options.timeout)
-    training = Training(options, world)
+    training = Training(options, join(options.device, options.timeout))
     training.resume()
     with stopped_by_signals(training):
         training.fit()
-    if world.ranks > 1:
+    if training.world.ranks > 1:
         distributed.barrier()  # torchrun ends all when one ends, and the first may still be writing
         distributed.destroy_process_group()
     return 128 + training.received if training.received else 0
