@@ -3,8 +3,9 @@
 from .backends import available_backends, backend, set_backend, unavailable_backends
 from .blocks import BasicBlock, Bottleneck
 from .convert import fuse, load, unfuse
+from .distributed import convert_sync_batchnorm
 from .inference import optimize_for_inference
-from .layers import AddReLU, BNAddReLU2d, BNReLU2d, ConvBNReLU
+from .layers import AddReLU, ConvBNReLU
 from .models import (
     ResNet,
     resnet18,
@@ -18,6 +19,7 @@ from .models import (
     wide_resnet50_2,
     wide_resnet101_2,
 )
+from .norms import BNAddReLU2d, BNReLU2d, SyncBatchNorm
 from .plans.choice import covariance, set_covariance
 from .version import __version__
 
@@ -29,9 +31,11 @@ __all__ = [
     "Bottleneck",
     "ConvBNReLU",
     "ResNet",
+    "SyncBatchNorm",
     "__version__",
     "available_backends",
     "backend",
+    "convert_sync_batchnorm",
     "covariance",
     "fuse",
     "load",

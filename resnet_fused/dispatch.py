@@ -16,6 +16,8 @@ from torch.fx import Proxy
 from torch.nn import functional as F
 from torch.nn.modules import module as global_hooks
 
+from . import collectives
+
 Activation = nn.Module | Callable[[Tensor], Tensor] | None
 
 _RELU_FUNCTIONS = (F.relu, F.relu_, torch.relu, torch.relu_)
@@ -56,9 +58,26 @@ def conv_is_plain(conv: nn.Module) -> bool:
     return is_plain(conv, nn.Conv2d) and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
 
 
-def norm_is_plain(bn: nn.Module, kind: type = nn.BatchNorm2d) -> bool:
+# Whose calls the operators may replace: exactly these, and synchronised norms of this package, which adds them.
+BATCH_NORMS: set[type] = {nn.BatchNorm2d, nn.SyncBatchNorm}
+
+
+def norm_is_plain(bn: nn.Module) -> bool:
     """A batch norm with affine parameters and running statistics."""
-    return is_plain(bn, kind) and bn.weight is not None and bn.bias is not None and bn.running_mean is not None
+    return (
+        type(bn) in BATCH_NORMS
+        and is_plain(bn, type(bn))
+        and bn.weight is not None
+        and bn.bias is not None
+        and bn.running_mean is not None
+    )
+
+
+def group_name(bn: nn.Module) -> str:
+    """Over which processes the statistics of a batch norm go, as in ``collectives``; "" for this one alone."""
+    if type(bn) is nn.SyncBatchNorm:
+        return collectives.name_of(bn.process_group)
+    return getattr(bn, "group_name", "")
 
 
 def act_is_plain(act: Activation) -> bool:
@@ -75,13 +94,13 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
-def is_activation(x: Any) -> bool:
-    """A non-empty floating 4-D strided tensor, which the operators can work on."""
+def is_activation(x: Any, may_lack_images: bool = False) -> bool:
+    """A floating 4-D strided tensor, which the operators can work on: not empty, or of no images where that is allowed."""
     return (
         isinstance(x, Tensor)
         and x.dim() == 4
         and x.is_floating_point()
         and x.layout == torch.strided
-        and x.numel() > 0
+        and (x.numel() > 0 or (may_lack_images and x.shape[0] == 0 and 0 not in x.shape[1:]))
         and x.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     )

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from . import dispatch
 from .folded import Folded, FoldedConv2d, fold, fold_all, is_finite
-from .layers import BNAddReLU2d, BNReLU2d
+from .norms import BNAddReLU2d, BNReLU2d
 
 _RELUS = {F.relu, F.relu_, torch.relu, torch.relu_}
 _IN_PLACE_OPERATORS = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import backends, dispatch, operators, routes
+from . import backends, collectives, dispatch, operators, routes
 from .dispatch import Activation
 from .functional import check_values_per_channel
 from .plans.spec import Chain, Conv, Shortcut, Tail, Unit
@@ -28,7 +28,21 @@ def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else value
 
 
-def _unit(conv: nn.Conv2d | None, bn: nn.BatchNorm2d, act: Activation) -> Unit:
+def _group(norms: Sequence[nn.Module]) -> str | None:
+    """Over whose rows the batch statistics go: "" for this process alone; None where the norms disagree.
+
+    A compiled graph is for any number of processes, and finds out when it runs.
+    """
+    names = [dispatch.group_name(bn) for bn in norms if bn.training]
+    names = [name for name in names if name]
+    if not names:
+        return ""
+    if any(name != names[0] for name in names):
+        return None
+    return names[0] if torch.compiler.is_compiling() or collectives.is_active(names[0]) else ""
+
+
+def _unit(conv: nn.Conv2d | None, bn: nn.BatchNorm2d, act: Activation, group: str) -> Unit:
     geometry = None
     if conv is not None:
         geometry = Conv(_pair(conv.stride), _pair(conv.padding), _pair(conv.dilation), conv.groups)
@@ -43,6 +57,7 @@ def _unit(conv: nn.Conv2d | None, bn: nn.BatchNorm2d, act: Activation) -> Unit:
         training=bn.training,
         relu=act is not None,
         eps=bn.eps,
+        synchronised=bn.training and group != "" and dispatch.group_name(bn) == group,
     )
 
 
@@ -70,9 +85,17 @@ def _fits(x: Tensor, units: Sequence[Unit], projection: Unit | None, dtype: torc
 
 
 def _update_statistics(
-    backend: str, bn: nn.BatchNorm2d, conv: nn.Conv2d | None, mean: Tensor, var: Tensor, count: int
+    backend: str, bn: nn.BatchNorm2d, conv: nn.Conv2d | None, mean: Tensor, var: Tensor, count: int | Tensor
 ) -> None:
-    """Running statistics and ``num_batches_tracked`` as ``nn.BatchNorm2d`` keeps them; ``var`` is biased."""
+    """Running statistics and ``num_batches_tracked`` as ``nn.BatchNorm2d`` keeps them; ``var`` is biased.
+
+    ``count``: rows; of all processes a tensor ``[C]``, which the host does not wait for.
+    """
+    correction = 1.0
+    if isinstance(count, Tensor):
+        var = var * (count / (count - 1))
+    else:
+        correction = count / (count - 1)
     batches: Tensor | None = None
     if bn.num_batches_tracked is not None:
         bn.num_batches_tracked.add_(1)
@@ -85,7 +108,7 @@ def _update_statistics(
         None if conv is None else conv.bias,
         bn.momentum or 0.0,
         batches,
-        count / (count - 1),
+        correction,
     )
 
 
@@ -97,8 +120,11 @@ def _run_chain(
     tail: Tail,
 ) -> Tensor | None:
     """The chain as one operator, running statistics updated; None where only the plain path gives the stock result."""
-    specs = tuple(_unit(*unit) for unit in units)
-    projected = _unit(*projection, None) if projection is not None else None
+    group = _group([bn for _, bn, _ in units] + ([projection[1]] if projection else []))
+    if group is None or (x.shape[0] == 0 and not group):
+        return None
+    specs = tuple(_unit(*unit, group) for unit in units)
+    projected = _unit(*projection, None, group) if projection is not None else None
     has_convolution = specs[0].conv is not None
     cast = dispatch.autocast_dtype(x) if has_convolution else None
     dtype = x.dtype
@@ -113,7 +139,7 @@ def _run_chain(
         shortcut = Shortcut.NONE if projected is None else Shortcut.PROJECTION
     else:
         shortcut = Shortcut.IDENTITY if identity else Shortcut.TENSOR
-        if residual.dtype != dtype or residual.device != x.device or not dispatch.is_activation(residual):
+        if residual.dtype != dtype or residual.device != x.device or not dispatch.is_activation(residual, bool(group)):
             return None
 
     shapes = []
@@ -131,9 +157,9 @@ def _run_chain(
         shapes.append(projected_shape)
     if residual is not None and tuple(residual.shape) != tuple(out_shape):
         return None
-    chain = Chain(specs if projected is None else (*specs, projected), shortcut, tail)
+    chain = Chain(specs if projected is None else (*specs, projected), shortcut, tail, group)
     for spec, shape in zip(chain.units, shapes, strict=True):
-        if spec.training:
+        if spec.training and not spec.synchronised:
             check_values_per_channel(shape)
 
     route = routes.of_chain(chain, x, dtype, operators.saves(x, residual, chain))
@@ -147,15 +173,16 @@ def _run_chain(
     with torch.no_grad():
         for (conv, bn, _), spec, shape, stats in zip(modules, chain.units, shapes, statistics, strict=False):
             if spec.training:
-                count = shape[0] * shape[2] * shape[3]
-                _update_statistics(route.backend, bn, conv, *stats, count)  # type: ignore[arg-type]
+                mean, var, *rows = stats
+                count = rows[0] if spec.synchronised else shape[0] * shape[2] * shape[3]
+                _update_statistics(route.backend, bn, conv, mean, var, count)  # type: ignore[arg-type]
     return out
 
 
 def _is_fusable(x: Any, convs: Sequence[nn.Module], norms: Sequence[nn.Module], acts: Sequence[Activation]) -> bool:
     return (
         not dispatch.transforms_active(x)
-        and dispatch.is_activation(x)
+        and dispatch.is_activation(x, any(bn.training and dispatch.group_name(bn) for bn in norms))
         and not dispatch.any_global_hooks()
         and all(dispatch.conv_is_plain(conv) for conv in convs)
         and all(dispatch.norm_is_plain(bn) for bn in norms)
@@ -233,6 +260,14 @@ def run_bn_act(x: Tensor, bn: nn.Module, act: Activation, residual: Tensor | Non
     return y if act is None else act(y)
 
 
+def run_norm(x: Tensor, bn: nn.BatchNorm2d, residual: Tensor | None, relu: bool) -> Tensor | None:
+    """``[relu](bn(x) [+ residual])`` for a ``bn`` that calls this as its forward; None where only the plain path gives that."""
+    eligible = not dispatch.transforms_active(x) and dispatch.is_activation(x, bool(dispatch.group_name(bn)))
+    if not (eligible and bn.affine and bn.running_mean is not None):
+        return None
+    return _run_chain(x, [(None, bn, None)], residual, None, Tail.RELU if relu else Tail.NONE)
+
+
 def run_add_act(a: Tensor, b: Tensor, act: Activation) -> Tensor:
     """``act(a + b)``, in the layout of a."""
     fusable = (
@@ -285,33 +320,6 @@ class ConvBNReLU(nn.Module):
 
     def extra_repr(self) -> str:
         return f"relu={self.relu}"
-
-
-class _FusedBatchNorm2d(nn.BatchNorm2d):
-    """A batch norm whose forward also takes in what follows it."""
-
-    def _fused(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        eligible = not dispatch.transforms_active(x) and dispatch.is_activation(x) and self.affine
-        if eligible and self.running_mean is not None:
-            out = _run_chain(x, [(None, self, None)], residual, None, Tail.RELU)
-            if out is not None:
-                return out
-        y = super().forward(x)
-        return F.relu(y if residual is None else y + residual)
-
-
-class BNReLU2d(_FusedBatchNorm2d):
-    """``relu(batch_norm(x))``: ``nn.BatchNorm2d`` with its ReLU; the same arguments and state_dict."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._fused(x, None)
-
-
-class BNAddReLU2d(_FusedBatchNorm2d):
-    """``relu(batch_norm(x) + residual)``; the arguments and state_dict of ``nn.BatchNorm2d``."""
-
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        return self._fused(x, residual)
 
 
 class AddReLU(nn.Module):

@@ -30,12 +30,12 @@ from .plans.spec import Chain, Shortcut, Tail, unflatten
 
 _library = torch.library.Library("resnet_fused", "FRAGMENT")
 _library.define(
-    "chain(Tensor x, Tensor? residual, Tensor[] parameters, Tensor[] running, int[] spec, float[] eps, bool save, "
-    "str backend) -> Tensor[]"
+    "chain(Tensor x, Tensor? residual, Tensor[] parameters, Tensor[] running, int[] spec, float[] eps, str group, "
+    "bool save, str backend) -> Tensor[]"
 )
 _library.define(
-    "chain_backward(Tensor grad, Tensor x, Tensor[] parameters, Tensor[] saved, int[] spec, float[] eps, bool[] needs, "
-    "str backend) -> Tensor[]"
+    "chain_backward(Tensor grad, Tensor x, Tensor[] parameters, Tensor[] saved, int[] spec, float[] eps, str group, "
+    "bool[] needs, str backend) -> Tensor[]"
 )
 _library.define("residual_add_relu(Tensor a, Tensor b, bool save, str backend) -> (Tensor, Tensor)")
 _library.define("residual_add_relu_backward(Tensor grad, Tensor mask, str backend) -> Tensor")
@@ -49,7 +49,7 @@ def saves(x: Tensor, residual: Tensor | None, c: Chain) -> bool:
 
 def chain(
     x: Tensor, residual: Tensor | None, c: Chain, route: routes.Route | None = None
-) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
     """Run a chain as one operator.
 
     Args:
@@ -58,7 +58,8 @@ def chain(
         route: what runs it, ``routes.of_chain`` by default; a backend of formulas stands in for stock modules.
     Returns:
         The output, in channels_last where the chain has a convolution and in the layout of ``x`` elsewhere; and for each
-        unit the mean and biased variance ``[K]`` of its batch (a frozen unit's are its running statistics, or empty).
+        unit the mean and biased variance ``[K]`` of its batch (a frozen unit's are its running statistics, or empty), and
+        where any is synchronised the number of rows behind them (0 for those that are not).
     """
     save = saves(x, residual, c)
     route = route or routes.of_chain(c, x, x.dtype, save)
@@ -66,11 +67,13 @@ def chain(
     if not (_is_captured(x) and _reads_back(backend, x.dtype)):
         c = choose_plans(c, route.covariance)
     parameters, running, integers, eps = c.flatten()
-    out, statistics, *_ = torch.ops.resnet_fused.chain(x, residual, parameters, running, integers, eps, save, backend)
+    out, statistics, *_ = torch.ops.resnet_fused.chain(
+        x, residual, parameters, running, integers, eps, c.group, save, backend
+    )
     if statistics.shape[1] == 0:
         return out, []
     widths = [unit.channels for unit in c.units]
-    return out, list(zip(statistics[0].split(widths), statistics[1].split(widths), strict=True))
+    return out, list(zip(*(vectors.split(widths) for vectors in statistics), strict=True))
 
 
 def add_relu(a: Tensor, b: Tensor, route: routes.Route | None = None) -> Tensor:
@@ -100,11 +103,12 @@ def _chain(
     running: Sequence[Tensor],
     spec: Sequence[int],
     eps: Sequence[float],
+    group: str,
     save: bool,
     backend: str,
 ) -> list[Tensor]:
     with _without_autocast(x):
-        return plan.forward(backends.get(backend), unflatten(parameters, running, spec, eps), x, residual, save)
+        return plan.forward(backends.get(backend), unflatten(parameters, running, spec, eps, group), x, residual, save)
 
 
 def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
@@ -125,10 +129,11 @@ def _chain_fake(
     running: Sequence[Tensor],
     spec: Sequence[int],
     eps: Sequence[float],
+    group: str,
     save: bool,
     backend: str,
 ) -> list[Tensor]:
-    c = unflatten(parameters, running, spec, eps)
+    c = unflatten(parameters, running, spec, eps, group)
     layout = _layout(c, x)
 
     def like(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -146,14 +151,16 @@ def _chain_fake(
         shape = (*shape[:2], (shape[2] - 1) // 2 + 1, (shape[3] - 1) // 2 + 1)
 
     width = sum(unit.channels for unit in c.units) if save or any(unit.training for unit in c.units) else 0
-    outputs = [like(shape, x.dtype), x.new_empty((2, width), dtype=acc_dtype(x.dtype))]
+    rows = 3 if width and c.synchronised else 2
+    outputs = [like(shape, x.dtype), x.new_empty((rows, width), dtype=acc_dtype(x.dtype))]
     if save:
         made = [unit.conv is not None and not unit.covariance for unit in c.units]
         outputs += [like(s, x.dtype) for s, is_made in zip(shapes, made, strict=True) if is_made]
         for unit in c.units:
             if unit.covariance and unit.training:
                 width = unit.weight.shape[1]
-                outputs.append(x.new_empty(width * (width + 3) // 2, dtype=moments_dtype(x.dtype)))
+                length = width * (width + 3) // 2 + (width if unit.synchronised else 0)
+                outputs.append(x.new_empty(length, dtype=moments_dtype(x.dtype)))
         if c.tail == Tail.RELU_MAXPOOL:
             outputs.append(like(shape, torch.uint8))
         elif c.saves_mask:
@@ -168,11 +175,12 @@ def _chain_backward(
     saved: Sequence[Tensor],
     spec: Sequence[int],
     eps: Sequence[float],
+    group: str,
     needs: Sequence[bool],
     backend: str,
 ) -> list[Tensor]:
     needed = chain_backward.Needs(needs[0], needs[1], tuple(needs[2:]))
-    c = unflatten(parameters, (), spec, eps)
+    c = unflatten(parameters, (), spec, eps, group)
     with _without_autocast(x):
         dx, dresidual, gradients = chain_backward.backward(backends.get(backend), c, grad, x, saved, needed)
     laid_out = [None if g is None else _laid_out_like(g, p) for g, p in zip(gradients, parameters, strict=True)]
@@ -196,6 +204,7 @@ def _chain_backward_fake(
     saved: Sequence[Tensor],
     spec: Sequence[int],
     eps: Sequence[float],
+    group: str,
     needs: Sequence[bool],
     backend: str,
 ) -> list[Tensor]:
@@ -209,10 +218,10 @@ def _chain_backward_fake(
 
 
 def _chain_setup(ctx, inputs, output) -> None:
-    x, _, parameters, running, spec, eps, save, backend = inputs
+    x, _, parameters, running, spec, eps, group, save, backend = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.spec, ctx.eps, ctx.backend = spec, eps, backend
+    ctx.spec, ctx.eps, ctx.group, ctx.backend = spec, eps, group, backend
     ctx.parameter_count, ctx.no_running = len(parameters), [None] * len(running)
     if save:
         ctx.save_for_backward(x, *parameters, *output[1:])
@@ -222,16 +231,18 @@ def _chain_vjp(ctx, grads):
     grad = grads[0]
     need_x, need_residual, need_parameters, *_ = ctx.needs_input_grad
     if grad is None:
-        return None, None, [None] * ctx.parameter_count, ctx.no_running, None, None, None, None
+        return None, None, [None] * ctx.parameter_count, ctx.no_running, *[None] * 5
     x, *rest = ctx.saved_tensors
     parameters, saved = rest[: ctx.parameter_count], rest[ctx.parameter_count :]
     needs = [need_x, need_residual, *need_parameters]
     if torch.is_grad_enabled():
         found = _differentiable_backward(ctx, grad, x, parameters, saved, needs)
     else:
-        found = torch.ops.resnet_fused.chain_backward(grad, x, parameters, saved, ctx.spec, ctx.eps, needs, ctx.backend)
+        found = torch.ops.resnet_fused.chain_backward(
+            grad, x, parameters, saved, ctx.spec, ctx.eps, ctx.group, needs, ctx.backend
+        )
     found = [g if need else None for g, need in zip(found, needs, strict=True)]
-    return found[0], found[1], found[2:], ctx.no_running, None, None, None, None
+    return found[0], found[1], found[2:], ctx.no_running, *[None] * 5
 
 
 def _differentiable_backward(
@@ -240,10 +251,10 @@ def _differentiable_backward(
     """The gradients as a recorded computation: the plain formula again, with the forward's own ReLU mask."""
     # Views: a tensor that is used twice, or made from another input, has the gradient of each use alone.
     x, parameters = x.view_as(x), [p.view_as(p) for p in parameters]
-    c = unflatten(parameters, (), ctx.spec, ctx.eps)
+    c = unflatten(parameters, (), ctx.spec, ctx.eps, ctx.group)
     widths = [unit.channels for unit in c.units]
     units = []
-    for unit, mean, var in zip(c.units, saved[0][0].split(widths), saved[0][1].split(widths), strict=True):
+    for unit, mean, var in zip(c.units, *(vectors.split(widths) for vectors in saved[0][:2]), strict=True):
         if not unit.training:
             bias = 0 if unit.conv_bias is None else unit.conv_bias.detach()
             unit = replace(unit, running_mean=mean + bias, running_var=var)

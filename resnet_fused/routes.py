@@ -169,8 +169,9 @@ def of_chain(c: Chain, x: Tensor, dtype: torch.dtype, save: bool) -> Route:
 
     torch.compile asks for any batch and image size at once: the entry without a shape answers.
     """
-    if not applies(x.device):
-        return Route(backends.choose(x.device))
+    empty = x.shape[0] == 0
+    if empty or not applies(x.device):
+        return Route(backends.choose(x.device, empty))
     if torch.compiler.is_compiling():
         return route_of(_usable(chain_key(c, (), dtype, x.device, save)))
     geometry = tuple(

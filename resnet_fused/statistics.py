@@ -23,7 +23,7 @@ def scale_shift(mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: fl
 
 
 def backward_coefficients(
-    sum_dz: Tensor, sum_dz_centred: Tensor, rstd: Tensor, scale: Tensor, count: int, training: bool
+    sum_dz: Tensor, sum_dz_centred: Tensor, rstd: Tensor, scale: Tensor, count: int | Tensor, training: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradient of batch norm is affine in what it needs: ``dx = a·dz + b·(x − mean) + c``.
 
@@ -88,6 +88,21 @@ def weight_gradient(t: Tensor, a: Tensor, b: Tensor, count: int, weight: Tensor,
     return (weight @ cov).mul_((b * count)[:, None]).addcmul_(a[:, None], t)
 
 
+def off_centre_gradient(
+    a: Tensor, b: Tensor, c: Tensor, sum_dz: Tensor, count: int, weight: Tensor, mean: Tensor, delta: Tensor
+) -> Tensor:
+    """What ``weight_gradient`` lacks where T and Cov are of a part of the rows, about the mean of all of them.
+
+    With M rows here, ``δ = ā − mean``: ``M·c·δᵀ + (a·Σdz + M·(b∘Wδ + c))·meanᵀ``; over all parts the second term sums to zero.
+
+    Args:
+        a, b, c (Tensor[K]): of all rows. sum_dz (Tensor[K]), count: of these.
+        weight (Tensor[K, C]), mean, delta (Tensor[C]).
+    """
+    uncancelled = a * sum_dz + count * (b * (weight @ delta) + c)
+    return torch.outer(count * c, delta).addcmul_(uncancelled[:, None], mean)
+
+
 def coupling(weight: Tensor, b: Tensor) -> Tensor:
     """``G = Wᵀ diag(b) W`` ``[C, C]``: carries ``b·(Y − µ)`` of batch norm's gradient to ``dA`` as ``(A − ā)·G``."""
     return (weight * b[:, None]).t() @ weight
@@ -125,6 +140,19 @@ def unpack_moments(packed: Tensor, channels: int) -> tuple[Tensor, Tensor]:
     return packed[:channels], cov
 
 
+def recentre_moments(packed: Tensor, mean: Tensor) -> Tensor:
+    """Moments about another centre: ``mean``, ``Cov + δδᵀ``, and ``δ`` behind them, δ = ā − mean; as one vector.
+
+    For rows that are a part of those that ``mean`` is of: ``E[A − mean] = δ``, ``E[(A − mean)(A − mean)ᵀ] = Cov + δδᵀ``.
+
+    Args:
+        packed: ``pack_moments(ā, Cov)``. mean (Tensor[C]).
+    """
+    delta = packed[: len(mean)] - mean
+    rows, columns = torch.triu_indices(len(mean), len(mean), device=packed.device)
+    return torch.cat([mean, packed[len(mean) :] + delta[rows] * delta[columns], delta])
+
+
 # Chan's merge. Source: Chan, Golub, LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances",
 # 1979, section 2, and its matrix form.
 
@@ -153,6 +181,23 @@ def merge_covariances(
     delta = mean_b - mean_a
     between = torch.outer(delta, delta) * (share_a * share_b)
     return mean_a + delta * share_b, share_a * cov_a + share_b * cov_b + between
+
+
+def merge_ranks(count: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``merge_moments`` of many sets at once: rows together, mean and biased variance.
+
+    ``mean = Σ n_s·mean_s / M``, ``var = Σ n_s·(var_s + (mean_s − mean)²) / M``, ``M = Σ n_s``.
+
+    Args:
+        count (Tensor[S, 1]): rows of each set; what a set of none has for a mean does not count, if it is finite.
+        mean, var (Tensor[S, C]).
+    Returns:
+        M (Tensor[1]), mean, var (Tensor[C]).
+    """
+    rows = count.sum(0)
+    share = count / rows
+    merged = (share * mean).sum(0)
+    return rows, merged, (share * (var + (mean - merged).square())).sum(0)
 
 
 @torch.no_grad()

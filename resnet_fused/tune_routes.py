@@ -54,7 +54,7 @@ class _Chains(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.resnet_fused.chain.default:
-            x, residual, parameters, running, spec, eps, save, _ = args
+            x, residual, parameters, running, spec, eps, _, save, _ = args
             case = Case(unflatten(parameters, running, spec, eps), x, residual, save)
             self.found.setdefault(case.name, case)
         return func(*args, **(kwargs or {}))

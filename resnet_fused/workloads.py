@@ -33,12 +33,12 @@ class _Plans(TorchDispatchMode):
             operators.residual_add_relu_backward.default: lambda grad, mask, backend: kernels.mask_grad(grad, mask),
         }
 
-    def _chain(self, x, residual, parameters, running, spec, eps, save, backend) -> None:
-        chain.forward(self._kernels, unflatten(parameters, running, spec, eps), x, residual, save)
+    def _chain(self, x, residual, parameters, running, spec, eps, group, save, backend) -> None:
+        chain.forward(self._kernels, unflatten(parameters, running, spec, eps, group), x, residual, save)
 
-    def _chain_backward(self, grad, x, parameters, saved, spec, eps, needs, backend) -> None:
+    def _chain_backward(self, grad, x, parameters, saved, spec, eps, group, needs, backend) -> None:
         needed = chain_backward.Needs(needs[0], needs[1], tuple(needs[2:]))
-        chain_backward.backward(self._kernels, unflatten(parameters, (), spec, eps), grad, x, saved, needed)
+        chain_backward.backward(self._kernels, unflatten(parameters, (), spec, eps, group), grad, x, saved, needed)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in self._plans:

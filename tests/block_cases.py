@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from unittest import mock
 
 import torch
 from chain_cases import hold_clear, tv
@@ -10,7 +11,7 @@ from covariance_networks import projection
 from torch import Tensor, nn
 
 import resnet_fused
-from resnet_fused import networks
+from resnet_fused import collectives, dispatch, networks
 
 
 def block(source, kind: str, inplanes: int, planes: int, stride: int, project: bool, **kwargs) -> nn.Module:
@@ -90,3 +91,14 @@ def check_network(training: bool, dtype: torch.dtype, backend: str) -> None:
     networks.hold_clear_of_kinks(stock)
     ours = resnet_fused.fuse(copy.deepcopy(stock))
     compare(ours, stock, torch.randn(2, 3, 33, 32), training, dtype, backend)
+
+
+def check_synchronised(name: str, dtype: torch.dtype, backend: str) -> None:
+    """The arithmetic of synchronised norms, on a process that is alone in its group."""
+    with (
+        mock.patch.object(dispatch, "group_name", lambda bn: collectives.WORLD),
+        mock.patch.object(collectives, "is_active", lambda name: True),
+        mock.patch.object(collectives, "gather", wraps=collectives.gather) as gather,
+    ):
+        check_block(name, True, dtype, backend)
+    assert gather.called

@@ -18,6 +18,7 @@ if importlib.util.find_spec("triton"):
 
     import resnet_fused
 
+    resnet_fused.available_backends()
     del os.environ["TRITON_INTERPRET"]  # not for the processes that tests start
 else:
     import resnet_fused

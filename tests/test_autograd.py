@@ -359,15 +359,15 @@ def test_opcheck_chain(name: str, training: bool, chosen: str) -> None:
     with resnet_fused.backend(chosen):
         backend = backends.choose(x.device)
     parameters, running, spec, eps = chain.flatten()
-    args = (x, residual, parameters, running, spec, eps, True, backend)
+    args = (x, residual, parameters, running, spec, eps, "", True, backend)
     torch.library.opcheck(torch.ops.resnet_fused.chain.default, args)
 
     detached = [t.detach() for t in parameters]
     with torch.no_grad():
-        out, *saved = torch.ops.resnet_fused.chain(x, residual, parameters, running, spec, eps, True, backend)
+        out, *saved = torch.ops.resnet_fused.chain(x, residual, parameters, running, spec, eps, "", True, backend)
     for need in (True, False):
         needs = [need, residual is not None, *[True] * len(parameters)]
-        args = (torch.ones_like(out), x.detach(), detached, saved, spec, eps, needs, backend)
+        args = (torch.ones_like(out), x.detach(), detached, saved, spec, eps, "", needs, backend)
         torch.library.opcheck(torch.ops.resnet_fused.chain_backward.default, args)
 
 

@@ -36,14 +36,14 @@ def test_opcheck(project: bool, training: bool, backend: str) -> None:
     chain = choose_plans(Chain(tuple(units), shortcut, Tail.RELU))
     assert [u.covariance for u in chain.units[1:]] == [True] * (1 + project)
     parameters, running, spec, eps = chain.flatten()
-    args = (x, None, parameters, running, spec, eps, True, backend)
+    args = (x, None, parameters, running, spec, eps, "", True, backend)
     torch.library.opcheck(torch.ops.resnet_fused.chain.default, args)
     with torch.no_grad():
         out, *saved = torch.ops.resnet_fused.chain(*args)
     for need in (True, False):
         needs = [need, False, *[True] * len(parameters)]
         detached = [t.detach() for t in parameters]
-        args = (torch.ones_like(out), x.detach(), detached, saved, spec, eps, needs, backend)
+        args = (torch.ones_like(out), x.detach(), detached, saved, spec, eps, "", needs, backend)
         torch.library.opcheck(torch.ops.resnet_fused.chain_backward.default, args)
 
 

@@ -210,6 +210,23 @@ def test_providers(there: tuple, cudnn: object, others: dict, monkeypatch: pytes
     assert all(issubclass(kind, base) and kind.__mro__[2] is base for kind in (deep, recast))
 
 
+def test_no_import_and_no_step_on_a_processor_starts_cuda() -> None:
+    """A process may still fork, and a rank choose its GPU, after it has imported the package."""
+    code = """if True:
+        import torch
+        def started(*args):
+            raise AssertionError("CUDA was started")
+        torch.cuda._lazy_init = torch.cuda.get_device_capability = torch.cuda.current_device = started
+        torch.cuda.is_available = started
+        import resnet_fused
+        model = resnet_fused.fuse(resnet_fused.convert_sync_batchnorm(resnet_fused.resnet18()))
+        torch.cuda.is_available = lambda: False  # which PyTorch's own loss.backward() may ask
+        model(torch.randn(2, 3, 32, 32)).sum().backward()
+        assert not resnet_fused.backends._probe.cache_info().currsize
+    """
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 # What the kernels do not take, on a route that leads to them
 
 

@@ -15,6 +15,7 @@ from . import recast, routed
 from .aten import AtenKernels
 from .cpu import CpuKernels
 from .cuda import CudaConvolutionKernels, CudaKernels, cuda_kernels
+from .empty import EmptyKernels
 from .kernels import Kernels
 from .operands import Conv, acc_dtype
 
@@ -33,6 +34,7 @@ __all__ = [
 
 ENVIRONMENT_VARIABLE = "RESNET_FUSED_BACKEND"
 
+_EMPTY = EmptyKernels()
 _KERNELS: dict[str, Kernels] = {"aten": AtenKernels()}
 _REASONS: dict[str, str] = {}
 if native.is_loaded():
@@ -56,30 +58,40 @@ def load_triton() -> Kernels | str:
     return TritonKernels(own_conv3x3=interpreted)
 
 
-_triton = load_triton()
-if isinstance(_triton, str):
-    _REASONS["triton"] = _triton
-else:
-    _KERNELS["triton"] = _triton
-
-if native.cuda_status() == "loaded":
-    _KERNELS["cuda"] = cuda_kernels()
-else:
-    _REASONS["cuda"] = native.cuda_status()
+@functools.cache
+def _probe() -> None:
+    """Look for the GPU backends. Not at the import: it starts CUDA in this process, which may still fork, or choose its GPU."""
+    triton = load_triton()
+    if isinstance(triton, str):
+        _REASONS["triton"] = triton
+    else:
+        _KERNELS["triton"] = triton
+    if native.cuda_status() == "loaded":
+        _KERNELS["cuda"] = cuda_kernels()
+    else:
+        _REASONS["cuda"] = native.cuda_status()
 
 
 def available_backends() -> list[str]:
-    """Names of the backends that can run here, in the order in which ``auto`` prefers them on their device."""
+    """Names of the backends that can run here, in the order in which ``auto`` prefers them on their device.
+
+    On a machine with a GPU the first call starts CUDA in this process, as the first fused call on a GPU's tensor does.
+    """
+    _probe()
     return sorted(_KERNELS, key=lambda name: name == "aten")
 
 
 def unavailable_backends() -> dict[str, str]:
     """The other backends, each with the reason why it cannot run here."""
+    _probe()
     return dict(_REASONS)
 
 
 def _validated(name: str, source: str) -> str:
     if name == "auto" or name in _KERNELS:
+        return name
+    _probe()
+    if name in _KERNELS:
         return name
     if name in _REASONS:
         raise RuntimeError(f"{source}: backend {name!r} is not available: {_REASONS[name]}")
@@ -134,6 +146,7 @@ def providers() -> dict[str, Kernels]:
     1×1 and 3×3. ``cuda``: the extension's. ``cublas`` and ``space_to_depth``: ``cudnn`` with 1×1 convolutions as products of
     matrices, and with the stem's 7×7 as a 4×4.
     """
+    _probe()
     has_triton, has_extension = "triton" in _KERNELS, "cuda" in _KERNELS
     found: dict[str, Kernels] = {}
     if has_extension:
@@ -155,6 +168,10 @@ def _routed(name: str) -> Kernels:
 
 def get(name: str) -> Kernels:
     """The kernels of an available backend, or of the routes in ``name``."""
+    if name == _EMPTY.name:
+        return _EMPTY
+    if name not in _KERNELS:
+        _probe()
     found = _KERNELS.get(name)
     return _routed(name) if found is None else found
 
@@ -162,12 +179,14 @@ def get(name: str) -> Kernels:
 def for_running_statistics(name: str) -> Kernels:
     """Whose ``update_running`` belongs to backend ``name``: a call outside of the operators, into which torch.compile looks, and
     where it would take the making of routes for a part of the model."""
-    found = _KERNELS.get(name)
+    found = _EMPTY if name == _EMPTY.name else _KERNELS.get(name)
     return _KERNELS.get("cuda", _KERNELS["aten"]) if found is None else found
 
 
-def choose(device: torch.device) -> str:
+def choose(device: torch.device, empty: bool = False) -> str:
     """The backend for tensors on ``device`` that no route names: the user's choice, or under ``auto`` a safe one."""
+    if empty:
+        return _EMPTY.name
     wish = current()
     if wish == "auto":
         return "cpu" if device.type == "cpu" and "cpu" in _KERNELS else "aten"

@@ -82,6 +82,26 @@ class Algebra:
         a, b, c, weight = statistics.backward_coefficients(sum_dz, sum_dz_centred, rstd, scale, count, training)
         return NormGradients(a, b, c, weight.to(dtype), sum_dz.to(dtype, copy=True))
 
+    def norm_gradients_over(
+        self,
+        sum_dz: Tensor,
+        sum_dz_centred: Tensor,
+        total_dz: Tensor,
+        total_dz_centred: Tensor,
+        rstd: Tensor,
+        scale: Tensor,
+        count: Tensor,
+        dtype: torch.dtype,
+    ) -> NormGradients:
+        """``norm_gradients`` where batch statistics are those of several processes.
+
+        Args:
+            sum_dz, sum_dz_centred (Tensor[K]): of this process's rows; they make the gradients of the parameters.
+            total_dz, total_dz_centred, count (Tensor[K]): of all rows; they make a, b and c.
+        """
+        a, b, c, _ = statistics.backward_coefficients(total_dz, total_dz_centred, rstd, scale, count, True)
+        return NormGradients(a, b, c, (rstd * sum_dz_centred).to(dtype), sum_dz.to(dtype, copy=True))
+
     def update_running(
         self,
         running_mean: Tensor,
@@ -163,6 +183,36 @@ class Algebra:
             cov = statistics.unpack_moments(moments, weight.shape[1])[1].to(t.dtype)
             dweight = statistics.weight_gradient(t, norm.a, norm.b, count, w, cov).to(weight_dtype)
         return RowGradients(norm, dweight, self.scaled_filter(weight, scale), sum_dz / count)
+
+    def row_gradients_over(
+        self,
+        t: Tensor,
+        weight: Tensor,
+        moments: Tensor,
+        sum_dz: Tensor,
+        norm: NormGradients,
+        mean_dz: Tensor,
+        scale: Tensor,
+        count: int,
+        weight_dtype: torch.dtype | None,
+    ) -> RowGradients:
+        """``row_gradients`` behind a norm whose batch statistics are those of several processes.
+
+        Args:
+            t (Tensor[K, C]): of this process's ``count`` rows, about the mean of all rows.
+            moments: of ``statistics.recentre_moments``.
+            sum_dz (Tensor[K]): of these rows. norm, mean_dz: of all rows.
+        """
+        dweight: Tensor | None = None
+        if weight_dtype is not None:
+            channels = weight.shape[1]
+            packed, delta = moments[:-channels].to(t.dtype), moments[-channels:].to(t.dtype)
+            mean, cov = statistics.unpack_moments(packed, channels)
+            w, a, b, c = (v.to(t.dtype) for v in (weight, *norm[:3]))
+            dweight = statistics.weight_gradient(t, a, b, count, w, cov)
+            dweight += statistics.off_centre_gradient(a, b, c, sum_dz.to(t.dtype), count, w, mean, delta)
+            dweight = dweight.to(weight_dtype)
+        return RowGradients(norm, dweight, self.scaled_filter(weight, scale), mean_dz)
 
     def scaled_filter(self, weight: Tensor, scale: Tensor) -> Tensor:
         """``diag(scale) W`` in the dtype of ``weight`` ``[K, C]``."""

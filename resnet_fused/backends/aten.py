@@ -63,7 +63,7 @@ def rows(x: Tensor, stride: tuple[int, int] = (1, 1)) -> Tensor:
 def images(matrix: Tensor, like: Tensor) -> Tensor:
     """The matrix ``[N·P·Q, C]`` as ``[N, C, P, Q]`` in channels_last, N, P and Q from ``like``."""
     n, _, p, q = like.shape
-    return matrix.view(n, p, q, -1).permute(0, 3, 1, 2)
+    return matrix.view(n, p, q, matrix.shape[1]).permute(0, 3, 1, 2)
 
 
 class AtenKernels(Kernels):
@@ -296,7 +296,7 @@ class AtenKernels(Kernels):
         flat = (rows + position.div(3, rounding_mode="floor")) * width + columns + position % 3
         values = torch.where(alive, grad.to(acc), 0.0)
         dz = torch.zeros(n, c, height * width, dtype=acc, device=x.device)
-        return dz.scatter_add_(2, flat.reshape(n, c, -1), values.reshape(n, c, -1)).view(n, c, height, width)
+        return dz.scatter_add_(2, flat.flatten(2), values.flatten(2)).view(n, c, height, width)
 
     def bn_relu_maxpool_backward_reduce(
         self, grad: Tensor, index: Tensor, x: Tensor, mean: Tensor

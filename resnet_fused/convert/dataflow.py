@@ -10,12 +10,13 @@ from torch import fx, nn
 from torch.fx import Node
 from torch.nn import functional as F
 
+from .. import dispatch
 from .sequential import is_stem_pool
 
 _RELU_FUNCTIONS = {F.relu: False, torch.relu: False, F.relu_: True, torch.relu_: True}
 _ADD_FUNCTIONS = {operator.add: False, torch.add: False, operator.iadd: True}
 _POOL_FUNCTIONS = (F.max_pool2d, torch.max_pool2d, F.max_pool2d_with_indices)
-_PURE_MODULES = (nn.Conv2d, nn.BatchNorm2d, nn.Linear, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
+_PURE_MODULES = (nn.Conv2d, nn.Linear, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 
 
 class DataFlow:
@@ -29,6 +30,10 @@ class DataFlow:
         self.calls = Counter(id(module) for module in self.module.values())
 
     # What a node is
+
+    def _is_pure(self, node: Node) -> bool:
+        kind = type(self.module.get(node))
+        return kind in _PURE_MODULES or kind in dispatch.BATCH_NORMS
 
     def _plain_call(self, node: Node) -> bool:
         return len(node.args) == 1 and isinstance(node.args[0], Node) and not node.kwargs
@@ -100,7 +105,7 @@ class DataFlow:
         """Whether no one but the only user of ``node`` can see this memory: writing to it in place is unobservable."""
         if len(node.users) != 1:
             return False
-        if type(self.module.get(node)) in _PURE_MODULES:
+        if self._is_pure(node):
             return True
         for operation in (self._relu(node), self._add(node)):
             if operation is not None:
@@ -115,7 +120,7 @@ class DataFlow:
         """Whether ``node`` may run before operations that preceded it: it changes no value that others see."""
         if node.op in ("placeholder", "get_attr") or self._is_module(node, nn.Identity):
             return True
-        if type(self.module.get(node)) in _PURE_MODULES:
+        if self._is_pure(node):
             return True
         for operation in (self._relu(node), self._add(node)):
             if operation is not None:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .graph import Rewritten, rewrite
 from .guards import Guard
@@ -185,7 +186,7 @@ def _is_own(module: nn.Module) -> bool:
 def _norms(module: nn.Module, prefix: str = "") -> Iterator[str]:
     """Paths of batch norms that belong to ``module`` itself: direct children, or in containers."""
     for name, child in module.named_children():
-        if isinstance(child, nn.BatchNorm2d):
+        if isinstance(child, _BatchNorm):
             yield prefix + name
         elif isinstance(child, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
             yield from _norms(child, f"{prefix}{name}.")
@@ -211,7 +212,7 @@ class _Conversion:
         # Children first: a parent's guard may name the class of a child.
         for path, module in reversed(self.paths):
             if _is_own(module):
-                if any(isinstance(child, nn.BatchNorm2d) for child in module.children()):
+                if any(isinstance(child, _BatchNorm) for child in module.children()):
                     self.report.left.append((path, f"{_OWN_PACKAGE}'s own module: fused already"))
             elif _is_candidate(module):
                 self._module(path, module)

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.fx import Node
 
-from .. import layers
+from .. import dispatch, layers
 from . import calls
 from .dataflow import DataFlow
 from .sequential import is_plain_conv, is_plain_norm
@@ -159,7 +159,7 @@ class Matcher(DataFlow):
         """All groups, largest first per value; reasons for batch norms left over go to ``result.left``."""
         units = []
         for node, module in self.module.items():
-            if type(module) is nn.BatchNorm2d:
+            if type(module) in dispatch.BATCH_NORMS:
                 unit = self._unit(node)
                 if isinstance(unit, Unit):
                     units.append(unit)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import layers
+from .. import dispatch, layers
 
 
 def is_plain_conv(module: Any) -> bool:
@@ -17,8 +17,8 @@ def is_plain_conv(module: Any) -> bool:
 
 
 def is_plain_norm(module: Any) -> bool:
-    """Exactly nn.BatchNorm2d with parameters and running statistics."""
-    return type(module) is nn.BatchNorm2d and module.affine and module.track_running_stats
+    """Exactly nn.BatchNorm2d, or a synchronised one, with parameters and running statistics."""
+    return type(module) in dispatch.BATCH_NORMS and module.affine and module.track_running_stats
 
 
 def is_stem_pool(module: Any) -> bool:

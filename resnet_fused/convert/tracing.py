@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from .. import dispatch
 from .sequential import FusedSequential
 
 CONTAINERS = (nn.Sequential, FusedSequential, nn.ModuleList, nn.ModuleDict, nn.Module)
-_TENSOR_MODULES = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Linear, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
+_TENSOR_MODULES = (nn.Conv2d, nn.ReLU, nn.Linear, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 _OPAQUE_CALLERS = {
     "torch.utils.checkpoint": "its forward uses activation checkpointing",
     "torch.autograd.function": "its forward calls a custom autograd function",
@@ -105,7 +106,8 @@ class _Tracer(fx.Tracer):
 
     def returns_tensor(self, node: fx.Node) -> bool:
         if node.op == "call_module":
-            return type(self.root.get_submodule(str(node.target))) in _TENSOR_MODULES
+            kind = type(self.root.get_submodule(str(node.target)))
+            return kind in _TENSOR_MODULES or kind in dispatch.BATCH_NORMS
         return node.op == "placeholder"
 
     def create_arg(self, a: Any) -> Any:
@@ -137,7 +139,7 @@ def is_inlined(module: nn.Module) -> bool:
     """Whether a trace looks inside ``module``: a Sequential without hooks with a convolution or batch norm in it."""
     if type(module) not in (nn.Sequential, FusedSequential) or has_hooks(module):
         return False
-    return any(type(child) in (nn.Conv2d, nn.BatchNorm2d) or is_inlined(child) for child in module)  # type: ignore[attr-defined]
+    return any(type(child) is nn.Conv2d or type(child) in dispatch.BATCH_NORMS or is_inlined(child) for child in module)  # type: ignore[attr-defined]
 
 
 def _required_inputs(cls: type[nn.Module]) -> tuple[str, ...]:

@@ -26,30 +26,37 @@ covariance of aₙ₋₁, so that yₙ never exists (docs/covariance.md)::
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from .. import collectives, statistics
 from ..backends.algebra import moments_dtype
 from ..backends.kernels import Kernels
-from ..backends.operands import Operand, Product, acc_dtype, filter_matrix
+from ..backends.operands import Operand, Product, acc_dtype, filter_matrix, source
 from .spec import Chain, Shortcut, Tail, Unit
 
 
 @dataclass(frozen=True)
 class Norm:
-    """A batch norm at work: its statistics and what follows from them, ``[C]`` vectors in the accumulation dtype."""
+    """A batch norm at work: its statistics and what follows from them, ``[C]`` vectors in the accumulation dtype.
+
+    ``count``: the rows of all processes; None where only this one's count.
+    """
 
     mean: Tensor
     var: Tensor
     rstd: Tensor
     scale: Tensor
     shift: Tensor
+    count: Tensor | None = None
 
     @classmethod
-    def of(cls, k: Kernels, unit: Unit, mean: Tensor, var: Tensor, acc: torch.dtype) -> Norm:
-        return cls(*k.norm_vectors(mean, var, unit.bn_weight, unit.bn_bias, unit.eps, acc))
+    def of(
+        cls, k: Kernels, unit: Unit, mean: Tensor, var: Tensor, acc: torch.dtype, count: Tensor | None = None
+    ) -> Norm:
+        return cls(*k.norm_vectors(mean, var, unit.bn_weight, unit.bn_bias, unit.eps, acc), count)
 
     @classmethod
     def running(cls, k: Kernels, unit: Unit, acc: torch.dtype) -> Norm:
@@ -61,6 +68,26 @@ class Norm:
         return cls.of(k, unit, mean, unit.running_var.to(acc), acc)
 
 
+@dataclass
+class Measured:
+    """A unit that has seen its input.
+
+    Attributes:
+        y: the raw output; None under the covariance plan.
+        product: what will make the output under the covariance plan, but for its scale.
+        statistics: mean and variance of this process's rows; None where they are frozen.
+        moments: of the input's rows, packed; under the covariance plan in training.
+        rows: how many rows the output has here.
+    """
+
+    unit: Unit
+    rows: int
+    y: Tensor | None = None
+    product: Product | None = None
+    statistics: tuple[Tensor, Tensor] | None = None
+    moments: Tensor | None = None
+
+
 def channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
@@ -69,6 +96,10 @@ def weight_of(unit: Unit, x: Tensor) -> Tensor:
     """The filter in the dtype of the activations (autocast hands over float32 parameters) and in channels_last."""
     assert unit.weight is not None
     return unit.weight.to(x.dtype, memory_format=torch.channels_last)
+
+
+def rows_of(y: Tensor) -> int:
+    return y.shape[0] * y.shape[2] * y.shape[3]
 
 
 def enter(chain: Chain, x: Tensor) -> Tensor:
@@ -88,59 +119,88 @@ class _Forward:
     """One forward pass: the norms so far, unit by unit, and what the backward will need."""
 
     def __init__(self, k: Kernels, chain: Chain, x: Tensor, save: bool):
-        self.k, self.x, self.save = k, x, save
+        self.k, self.chain, self.x, self.save = k, chain, x, save
         self.acc = acc_dtype(x.dtype)
         self.norms: list[Norm] = []
         self.raw: list[Tensor] = []
         self.moments: list[Tensor] = []
 
-    def convolve(self, a: Operand, unit: Unit) -> tuple[Tensor, Norm]:
-        """The raw output and its batch norm."""
+    def measure(self, a: Operand, unit: Unit) -> Measured:
+        """The raw output, or under the covariance plan nothing yet, and the statistics of this process's rows."""
+        if unit.covariance:
+            return self._through(a, unit)
         if unit.conv is None:
             assert isinstance(a, Tensor)
-            y = a
-            norm = (
-                Norm.of(self.k, unit, *self.k.bn_stats(y), self.acc)
-                if unit.training
-                else Norm.running(self.k, unit, self.acc)
-            )
-        elif unit.training:
-            y, mean, var = self.k.fprop_stats(a, weight_of(unit, self.x), unit.conv)
-            norm = Norm.of(self.k, unit, mean, var, self.acc)
-        else:
-            y = channels_last(self.k.fprop(a, weight_of(unit, self.x), unit.conv))
-            norm = Norm.running(self.k, unit, self.acc)
-        self.norms.append(norm)
-        if self.save and unit.conv is not None:
-            self.raw.append(y)
-        return y, norm
-
-    def product(self, a: Operand, unit: Unit) -> tuple[Product, Tensor]:
-        """The convolution scaled by its batch norm, and the shift: nothing is computed but the statistics."""
-        assert unit.conv is not None
+            return Measured(unit, rows_of(a), a, statistics=self.k.bn_stats(a) if unit.training else None)
         weight = weight_of(unit, self.x)
         if unit.training:
-            norm = Norm.of(self.k, unit, *self._through(a, unit, weight), self.acc)
-        else:
-            norm = Norm.running(self.k, unit, self.acc)
-        self.norms.append(norm)
-        return Product(a, weight, unit.conv, norm.scale), norm.shift
+            y, mean, var = self.k.fprop_stats(a, weight, unit.conv)
+            return Measured(unit, rows_of(y), y, statistics=(mean, var))
+        y = channels_last(self.k.fprop(a, weight, unit.conv))
+        return Measured(unit, rows_of(y), y)
 
-    def _through(self, a: Operand, unit: Unit, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def _through(self, a: Operand, unit: Unit) -> Measured:
         """Mean and variance of the output that is never made; from the products where Cov cannot tell them."""
         assert unit.conv is not None
-        k, dtype = self.k, moments_dtype(self.x.dtype)
-        unit_roundoff = max(k.gram_unit(self.x), torch.finfo(dtype).eps / 2)
-        limit = k.operand_eps(self.x) / 8
-        mean, var, flagged, moments = k.through_covariance(
-            filter_matrix(weight), *k.gram(a, unit.conv), unit_roundoff, limit
-        )
-        if self.save:
-            self.moments.append(moments)
-        return k.recompute_statistics(a, weight, unit.conv, flagged, mean, var)
+        k, weight = self.k, weight_of(unit, self.x)
+        n, _, p, q = unit.conv.output_shape(source(a).shape, weight.shape)
+        measured = Measured(unit, n * p * q, product=Product(a, weight, unit.conv))
+        if unit.training:
+            dtype = moments_dtype(self.x.dtype)
+            unit_roundoff = max(k.gram_unit(self.x), torch.finfo(dtype).eps / 2)
+            limit = k.operand_eps(self.x) / 8
+            mean, var, flagged, measured.moments = k.through_covariance(
+                filter_matrix(weight), *k.gram(a, unit.conv), unit_roundoff, limit
+            )
+            measured.statistics = k.recompute_statistics(a, weight, unit.conv, flagged, mean, var)
+        return measured
+
+    def settle(self, *units: Measured) -> list[Norm]:
+        """The batch norms of measured units; the synchronised ones learn the other processes' rows in one collective."""
+        counts = self._synchronise([m for m in units if m.unit.synchronised])
+        norms = []
+        for m in units:
+            if m.statistics is None:
+                norms.append(Norm.running(self.k, m.unit, self.acc))
+            else:
+                count = counts if m.unit.synchronised else None
+                count = None if count is None else count.to(self.acc).expand(m.unit.channels)
+                norms.append(Norm.of(self.k, m.unit, *m.statistics, self.acc, count))
+            if self.save and m.y is not None and m.unit.conv is not None:
+                self.raw.append(m.y)
+            if self.save and m.moments is not None:
+                self.moments.append(m.moments)
+        self.norms += norms
+        return norms
+
+    def _synchronise(self, units: list[Measured]) -> Tensor | None:
+        """Put the statistics of all processes' rows in place of this one's; how many rows there are. Moments get the mean of
+        all rows for their centre."""
+        if not units:
+            return None
+        mine = [torch.full((1,), float(units[0].rows), dtype=torch.float64, device=self.x.device)]
+        for m in units:
+            assert m.statistics is not None and m.rows == units[0].rows
+            mine += m.statistics if m.moments is None else (*m.statistics, m.moments[: m.unit.weight.shape[1]])
+        gathered = collectives.gather(torch.cat([v.double() for v in mine]), self.chain.group)
+        rank_counts, *vectors = gathered.split([len(v) for v in mine], dim=1)
+        remaining = iter(vectors)
+        for m in units:
+            assert m.statistics is not None
+            dtype = m.statistics[0].dtype
+            count, mean, var = statistics.merge_ranks(rank_counts, next(remaining), next(remaining))
+            m.statistics = mean.to(dtype), var.to(dtype)
+            if m.moments is not None:
+                mean_a = (rank_counts * next(remaining)).sum(0) / count
+                m.moments = statistics.recentre_moments(m.moments, mean_a.to(m.moments.dtype))
+        return count
 
     def statistics(self) -> Tensor:
-        return torch.cat([*(n.mean for n in self.norms), *(n.var for n in self.norms)]).view(2, -1)
+        """Mean, variance and, if any unit is synchronised, the number of rows of each channel of each unit."""
+        vectors = [*(n.mean for n in self.norms), *(n.var for n in self.norms)]
+        if self.chain.synchronised:
+            vectors += [torch.zeros_like(n.mean) if n.count is None else n.count for n in self.norms]
+        return torch.cat(vectors).view(3 if self.chain.synchronised else 2, -1)
 
 
 def forward(k: Kernels, chain: Chain, x: Tensor, residual: Tensor | None, save: bool) -> list[Tensor]:
@@ -148,9 +208,10 @@ def forward(k: Kernels, chain: Chain, x: Tensor, residual: Tensor | None, save: 
 
     Returns:
         ``[out, statistics]`` and, if ``save``, the raw outputs of the units that have a convolution, or for those of the
-        covariance plan in training ``[C (C + 3) / 2]``: ā and half of Cov; and the mask (or the pooling winners).
-        ``statistics`` is ``[2, Σ K]``: mean and biased variance of the raw outputs, unit by unit; empty when nothing is saved
-        and every unit is frozen.
+        covariance plan in training ``[C (C + 3) / 2]``: ā and half of Cov (synchronised ones as
+        ``statistics.recentre_moments`` has them); and the mask (or the pooling winners).
+        ``statistics`` is ``[2, Σ K]``: mean and biased variance of the raw outputs, unit by unit, and where any unit is
+        synchronised a third row with the number of rows; empty when nothing is saved and every unit is frozen.
     """
     x = enter(chain, x)
     walk = _Forward(k, chain, x, save)
@@ -158,46 +219,47 @@ def forward(k: Kernels, chain: Chain, x: Tensor, residual: Tensor | None, save: 
     save_mask = save and chain.saves_mask
 
     a: Operand = x
-    *inner, last = chain.path
+    *inner, last_unit = chain.path
     for unit in inner:
-        y, norm = walk.convolve(a, unit)
-        a = k.operand(y, norm.scale, norm.shift, unit.relu, keep_y=save or unit.conv is None)
-    products: list[Product] = []
-    if last.covariance:
-        product, shift = walk.product(a, last)
-        products.append(product)
+        measured = walk.measure(a, unit)
+        (norm,) = walk.settle(measured)
+        assert measured.y is not None
+        a = k.operand(measured.y, norm.scale, norm.shift, unit.relu, keep_y=save or unit.conv is None)
+    last = walk.measure(a, last_unit)
+    if chain.shortcut == Shortcut.PROJECTION:
+        projection = walk.measure(x, chain.units[-1])
+        norm, projected = walk.settle(last, projection)
     else:
-        y, norm = walk.convolve(a, last)
+        (norm,) = walk.settle(last)
+    products = [] if last.product is None else [replace(last.product, scale=norm.scale)]
+    shift, y = norm.shift, last.y
 
     if chain.shortcut == Shortcut.IDENTITY:
         residual = x
-    elif chain.shortcut == Shortcut.PROJECTION:
-        projection = chain.units[-1]
-        if projection.covariance:
-            product, projected_shift = walk.product(x, projection)
-            if last.covariance:
-                products.append(product)
-                shift = shift + projected_shift
-            else:
-                residual = k.fprop_bn_act([product], projected_shift, None, relu=False, save_mask=False)[0]
+    elif chain.shortcut == Shortcut.PROJECTION and projection.product is not None:
+        product = replace(projection.product, scale=projected.scale)
+        if products:
+            products.append(product)
+            shift = shift + projected.shift
         else:
-            projected, projected_norm = walk.convolve(x, projection)
-            if save:
-                residual = k.bn_act(projected, projected_norm.scale, projected_norm.shift, None, False, False)[0]
-            else:
-                k.bn_act_(projected, projected_norm.scale, projected_norm.shift, None, False)
-                residual = projected
+            residual = k.fprop_bn_act([product], projected.shift, None, relu=False, save_mask=False)[0]
+    elif chain.shortcut == Shortcut.PROJECTION:
+        residual = projection.y
+        if save:
+            residual = k.bn_act(residual, projected.scale, projected.shift, None, False, False)[0]
+        else:
+            k.bn_act_(residual, projected.scale, projected.shift, None, False)
     elif residual is not None:
-        residual = channels_last(residual) if last.covariance else match_layout(residual, y)
+        residual = channels_last(residual) if y is None else match_layout(residual, y)
 
     extra: list[Tensor] = []
     if chain.tail == Tail.RELU_MAXPOOL:
         out, index = k.bn_relu_maxpool(y, norm.scale, norm.shift)
         extra = [index]
-    elif last.covariance:
+    elif y is None:
         out, mask = k.fprop_bn_act(products, shift, residual, relu, save_mask)
         extra = [mask] if save_mask else []
-    elif save or last.conv is None:
+    elif save or last_unit.conv is None:
         out, mask = k.bn_act(y, norm.scale, norm.shift, residual, relu, save_mask)
         extra = [mask] if save_mask else []
     else:

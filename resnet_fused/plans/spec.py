@@ -41,6 +41,7 @@ class Unit:
         training: batch statistics; else ``running_mean`` and ``running_var``.
         relu: the ReLU between this unit and the next (the last unit's is the chain's tail).
         covariance: batch statistics from the covariance of the input, and no raw output; ``plans.choice`` decides.
+        synchronised: batch statistics over the rows of all processes of ``Chain.group``.
     """
 
     weight: Tensor | None
@@ -54,6 +55,7 @@ class Unit:
     relu: bool
     eps: float
     covariance: bool = False
+    synchronised: bool = False
 
     @property
     def channels(self) -> int:
@@ -66,11 +68,15 @@ class Unit:
 
 @dataclass(frozen=True)
 class Chain:
-    """Units one behind the other, a shortcut around them, and a tail. A projection is the last of ``units``."""
+    """Units one behind the other, a shortcut around them, and a tail. A projection is the last of ``units``.
+
+    ``group`` names the processes of the synchronised units (``collectives.group_of``).
+    """
 
     units: tuple[Unit, ...]
     shortcut: Shortcut
     tail: Tail
+    group: str = ""
 
     @property
     def path(self) -> tuple[Unit, ...]:
@@ -82,16 +88,24 @@ class Chain:
         """Whether the backward needs the output's ReLU mask: without a shortcut a raw output is enough to form it again."""
         return self.tail == Tail.RELU and (self.shortcut != Shortcut.NONE or self.path[-1].covariance)
 
+    @property
+    def synchronised(self) -> bool:
+        return any(unit.synchronised for unit in self.units)
+
     def parameters(self) -> list[Tensor]:
         return [p for unit in self.units for p in unit.parameters()]
 
     def flatten(self) -> tuple[list[Tensor], list[Tensor], list[int], list[float]]:
-        """``(parameters, running statistics of the frozen units, integers, eps)``; ``unflatten`` is the inverse."""
+        """``(parameters, running statistics of the frozen units, integers, eps)``; ``unflatten`` is the inverse.
+
+        The name of the group is a string of its own.
+        """
         running = [t for unit in self.units if not unit.training for t in (unit.running_mean, unit.running_var)]
         integers = [int(self.shortcut), int(self.tail)]
         for unit in self.units:
             conv = unit.conv or Conv()
-            integers += [unit.weight is not None, unit.conv_bias is not None, unit.training, unit.relu, unit.covariance]
+            integers += [unit.weight is not None, unit.conv_bias is not None, unit.training, unit.relu]
+            integers += [unit.covariance, unit.synchronised]
             integers += [*conv.stride, *conv.padding, *conv.dilation, conv.groups]
         return (
             self.parameters(),
@@ -101,18 +115,23 @@ class Chain:
         )
 
 
-_INTEGERS_PER_UNIT = 12
+_INTEGERS_PER_UNIT = 13
 
 
 def unflatten(
-    parameters: Sequence[Tensor], running: Sequence[Tensor], integers: Sequence[int], eps: Sequence[float]
+    parameters: Sequence[Tensor],
+    running: Sequence[Tensor],
+    integers: Sequence[int],
+    eps: Sequence[float],
+    group: str = "",
 ) -> Chain:
     """The chain that ``Chain.flatten`` took apart; the backward knows no running statistics and passes none."""
     tensors, statistics = iter(parameters), iter(running)
     units = []
     for i, unit_eps in enumerate(eps):
         start = 2 + i * _INTEGERS_PER_UNIT
-        has_weight, has_bias, training, relu, covariance, *geometry = integers[start : start + _INTEGERS_PER_UNIT]
+        flags, geometry = integers[start : start + 6], integers[start + 6 : start + _INTEGERS_PER_UNIT]
+        has_weight, has_bias, training, relu, covariance, synchronised = flags
         conv = Conv((geometry[0], geometry[1]), (geometry[2], geometry[3]), (geometry[4], geometry[5]), geometry[6])
         units.append(
             Unit(
@@ -127,6 +146,7 @@ def unflatten(
                 relu=bool(relu),
                 eps=unit_eps,
                 covariance=bool(covariance),
+                synchronised=bool(synchronised),
             )
         )
-    return Chain(tuple(units), Shortcut(integers[0]), Tail(integers[1]))
+    return Chain(tuple(units), Shortcut(integers[0]), Tail(integers[1]), group)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from block_cases import BLOCKS, check_block, check_network
+from block_cases import BLOCKS, check_block, check_network, check_synchronised
 from emulated import name_of
 from emulated_operators import WITH_TRITON, EmulatedConvolutions, EmulatedCuda
 
@@ -45,6 +45,14 @@ def _there(_operators: None, request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.mark.parametrize("name, dtype, backend", CASES, ids=name_of)
 def test_blocks(name, dtype, backend, training):
     check_block(name, training, dtype, backend)
+
+
+@pytest.mark.one_in(6)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("name", BLOCKS)
+def test_synchronised_blocks(name, dtype, backend):
+    check_synchronised(name, dtype, backend)
 
 
 @pytest.mark.parametrize("backend", [EmulatedConvolutions.name, pytest.param(WITH_TRITON, marks=pytest.mark.slow)])

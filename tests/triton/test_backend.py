@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
-from block_cases import BLOCKS, check_block, check_network, narrow_network
+from block_cases import BLOCKS, check_block, check_network, check_synchronised, narrow_network
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -29,6 +29,11 @@ def test_blocks(name: str, training: bool, dtype: torch.dtype) -> None:
 def test_training_with_cudnns_conv3x3(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends.get("triton"), "own_conv3x3", False)
     test_blocks(name, True, torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_synchronised_blocks(name: str, dtype: torch.dtype) -> None:
+    check_synchronised(name, dtype, "triton")
 
 
 # The kernels do not tell float16 from bfloat16, and the blocks above run in both.
