@@ -24,8 +24,6 @@ from train_runs import (
     wait_for_rows,
 )
 
-import resnet_fused
-
 pytest.importorskip("rich", reason="train.py shows its progress with rich")
 
 pytestmark = [
@@ -99,8 +97,6 @@ def test_processes_that_train_together_go_on_to_the_same_bits(data: Path, tmp_pa
 
 def test_two_processes_learn_what_one_does(train: ModuleType, data: Path, output: Path) -> None:
     """With synchronised norms the halves of a batch are one batch; every test picture counts once."""
-    if not hasattr(resnet_fused, "convert_sync_batchnorm"):
-        pytest.skip("this version has no convert_sync_batchnorm")
     arguments = ["--data", str(data), *RUN, "--sync-bn", "--output"]
     assert train.main([*arguments, str(output)]) == 0
     pair = together(EXAMPLES / "train.py", 2, *arguments, output / "pair", "--batch", "4")
