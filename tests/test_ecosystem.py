@@ -395,18 +395,6 @@ def test_distributed_data_parallel() -> None:
         torch.distributed.destroy_process_group()
 
 
-def test_frozen_norms_that_promote_run_as_stock(fused_calls: list[str]) -> None:
-    """Under autocast torchvision's frozen norm makes float32 of half precision: its buffers are float32."""
-    ours, stock = networks(norm_layer=_OTHER_NORMS["frozen"], dtype=torch.float32)
-    x = images(dtype=torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        found, expected = step(ours, x), step(stock, x)
-    assert not fused_calls
-    assert all(torch.equal(found[name], t) and found[name].dtype == t.dtype for name, t in expected.items())
-    assert_same(step(ours.double(), images()), step(stock.double(), images()))
-    assert len(fused_calls) == 5
-
-
 def test_the_table_in_the_documents_names_tests_that_exist() -> None:
     tests = Path(__file__).parent
     table = (tests.parent / "docs" / "ecosystem.md").read_text().split("## Conventions")[1]
