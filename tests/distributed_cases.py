@@ -191,11 +191,21 @@ def norm_input(dimensions: int) -> tuple[Tensor, Tensor]:
 
 
 def rank_norm(rank: int, dimensions: int, split: str, kwargs: dict[str, Any]) -> dict[str, Tensor]:
-    """Two steps of a batch norm that stands alone, on this rank's share."""
+    """A batch norm that stands alone, on this rank's share."""
     norm = resnet_fused.convert_sync_batchnorm(stock_norm(dimensions, **kwargs))
     x, grad = _shares(rank, list(norm_input(dimensions)), SPLITS[split])
+    return norm_steps(norm, x, grad)
+
+
+def norm_steps(norm: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
+    """Two steps, and with running statistics an evaluation."""
     step(norm, [x * 2], grad)
-    return step(norm, [x], grad)
+    found = step(norm, [x], grad)
+    if norm.track_running_stats:
+        with Counted() as counted:
+            found["input evaluated"] = norm.eval()(x).detach()
+        assert counted.gathers == counted.reductions == 0
+    return found
 
 
 def penalty_step(module: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:

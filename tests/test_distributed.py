@@ -15,6 +15,7 @@ from distributed_cases import (
     make,
     network,
     norm_input,
+    norm_steps,
     penalty_step,
     pictures,
     rank_changed,
@@ -157,9 +158,7 @@ _NORMS = {"plain": {}, "cumulative": {"momentum": None}, "no affine": {"affine":
 def test_a_norm_that_stands_alone(ranks: Ranks, dimensions: int, options: str, split: str) -> None:
     kwargs = {"track_running_stats": False} if options == "untracked" else _NORMS[options]
     found = together(ranks.run(rank_norm, dimensions, split, kwargs))
-    norm, (x, grad) = stock_norm(dimensions, **kwargs), norm_input(dimensions)
-    step(norm, [x * 2], grad)
-    assert_equal(found, step(norm, [x], grad))
+    assert_equal(found, norm_steps(stock_norm(dimensions, **kwargs), *norm_input(dimensions)))
 
 
 @pytest.mark.parametrize("case", ["bottleneck-projection", "bn"])
