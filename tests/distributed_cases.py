@@ -216,6 +216,20 @@ def penalty_step(module: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor
     return {"input 0 grad": x.grad} | {f"{n} grad": p.grad for n, p in module.named_parameters() if p.grad is not None}
 
 
+def far_inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Inputs whose mean is a thousand deviations, and differs between ranks by some; gradients with a mean."""
+    (x,), grad = inputs("conv-1x1-no-relu", torch.float32)
+    offset = 250 + torch.linspace(-1, 1, BATCH).view(-1, 1, 1, 1)
+    return (x.detach() + offset).to(dtype), grad.to(dtype)
+
+
+def rank_far(rank: int, dtype: torch.dtype, backend: str) -> dict[str, Tensor]:
+    module = resnet_fused.convert_sync_batchnorm(make("conv-1x1-no-relu", dtype, ours=True))
+    x, grad = _shares(rank, list(far_inputs(dtype)), SPLITS["uneven"])
+    with _settings(backend, "always"):
+        return step(module, [x], grad)
+
+
 def rank_penalty(rank: int, case: str) -> dict[str, Tensor]:
     module = resnet_fused.convert_sync_batchnorm(make(case, torch.float64, ours=True))
     (x,), grad = inputs(case, torch.float64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 
 import pytest
@@ -11,6 +12,7 @@ from distributed_cases import (
     HANG_S,
     SPLITS,
     changed_step,
+    far_inputs,
     inputs,
     make,
     network,
@@ -21,6 +23,7 @@ from distributed_cases import (
     rank_changed,
     rank_compiled,
     rank_eval,
+    rank_far,
     rank_left_alone,
     rank_norm,
     rank_numbers,
@@ -159,6 +162,18 @@ def test_a_norm_that_stands_alone(ranks: Ranks, dimensions: int, options: str, s
     kwargs = {"track_running_stats": False} if options == "untracked" else _NORMS[options]
     found = together(ranks.run(rank_norm, dimensions, split, kwargs))
     assert_equal(found, norm_steps(stock_norm(dimensions, **kwargs), *norm_input(dimensions)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_means_far_above_the_deviation(ranks: Ranks, dtype: torch.dtype, backend: str) -> None:
+    found = together(ranks.run(rank_far, dtype, backend))
+    module = make("conv-1x1-no-relu", torch.float64, ours=False)
+    x, grad = far_inputs(dtype)
+    gold = step(copy.deepcopy(module), [x.double()], grad.double())
+    stock = step(module.to(dtype), [x], grad)
+    for name, expected in gold.items():
+        if expected.is_floating_point():
+            assert_as_accurate(found[name], stock[name], expected, ulps=4, name=name)
 
 
 @pytest.mark.parametrize("case", ["bottleneck-projection", "bn"])
