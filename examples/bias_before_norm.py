@@ -28,7 +28,7 @@ ROWS = (
     "gradients of the biases, to those of the weights",
     "running means: with − without − bias",
     "outputs in evaluation",
-    "last loss",
+    "loss of the last step",
     "biases, to their first value",
     "weight decay alone would leave",
 )
@@ -102,7 +102,7 @@ def measure(without: nn.Module, x: Tensor, labels: Tensor, steps: int, seed: int
     now = torch.cat([conv.bias.detach() for conv in convolutions(biased)])
     left = float(now.norm() / torch.cat(biases).norm())
     decayed = (1 - RATE * WEIGHT_DECAY) ** steps
-    return [in_training, gradient, mean, in_evaluation, difference(loss_biased, loss), left, decayed]
+    return [in_training, gradient, mean, in_evaluation, abs(float(loss_biased - loss)), left, decayed]
 
 
 def print_costs() -> None:
@@ -160,7 +160,7 @@ def main(argv: list[str] | None = None) -> None:
             for i, (row, figures) in enumerate(zip(ROWS, zip(*columns.values())))
         ],
         right=range(1, len(columns) + 1),
-        caption=f"differences are of the largest element, relative; stock: {networks.stock_source()}",
+        caption=f"differences are relative, of the largest element; of the loss absolute; stock: {networks.stock_source()}",
     )
     print_costs()
 

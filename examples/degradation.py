@@ -29,8 +29,10 @@ import matplotlib
 
 matplotlib.use("Agg")
 
+import numpy
 import torch
 from matplotlib import pyplot
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -216,14 +218,10 @@ def train_all(options: argparse.Namespace) -> list[Run]:
         return list(pool.map(work, cases))
 
 
-def smoothed(losses: list[float]) -> list[float]:
-    """The mean over the last fortieth of the steps, at each step."""
-    values = torch.tensor(losses, dtype=torch.float64)
+def recent(losses: list[float]) -> Tensor:
+    """``[steps, window]``: the losses of the last fortieth of the steps, at each step; NaN before the first."""
     window = max(1, len(losses) // 40)
-    sums = F.pad(values.cumsum(0), (1, 0))
-    ends = torch.arange(1, len(losses) + 1)
-    begins = (ends - window).clamp(min=0)
-    return ((sums[ends] - sums[begins]) / (ends - begins)).tolist()
+    return F.pad(torch.tensor(losses), (window - 1, 0), value=math.nan).unfold(0, window, 1)
 
 
 @contextmanager
@@ -236,28 +234,28 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def _curves(axes, runs: list[Run], colours: dict[int, str]) -> None:
     for run in runs:
-        steps = range(1, len(run.losses) + 1)
-        axes.plot(steps, run.losses, color=colours[run.depth], linewidth=0.5, alpha=0.25)
+        steps, window = range(1, len(run.losses) + 1), recent(run.losses)
+        low, high = window.nanquantile(torch.tensor([0.1, 0.9]), dim=1)
+        axes.fill_between(steps, low, high, color=colours[run.depth], alpha=0.15, linewidth=0)
         label = f"{run.depth} layers: test error {100 * run.error:.1f} %"
-        axes.plot(steps, smoothed(run.losses), color=colours[run.depth], linewidth=2.2, label=label)
-    axes.set(xlabel="step", title=f"{runs[0].kind} networks")
+        axes.plot(steps, window.nanmean(1), color=colours[run.depth], linewidth=2, label=label)
+    axes.set(xlabel="step", yscale="log", title=f"{runs[0].kind} networks")
+    axes.yaxis.set_major_locator(pyplot.FixedLocator([0.1, 0.2, 0.3, 0.5, 0.7, 1, 2, 3, 5]))
+    axes.yaxis.set_minor_locator(pyplot.NullLocator())
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.legend(frameon=False)
 
 
 def draw(runs: list[Run], path: Path) -> None:
-    """Above: the training losses, plain and residual. Below: size and agreement of the gradients before training."""
+    """Above: training losses, plain and residual, mean and 10–90 % of the last steps. Below: gradients before training."""
     depths = sorted({run.depth for run in runs})
     colours = dict(zip(depths, ("#2a78b5", "#d1495b")))
-    figure, ((plain, residual), (size, agreement)) = pyplot.subplots(2, 2, figsize=(10, 7.2), constrained_layout=True)
+    figure, ((plain, residual), (size, agreement)) = pyplot.subplots(
+        2, 2, figsize=(10, 7.2), dpi=110, constrained_layout=True
+    )
+    residual.sharey(plain)
     for axes, kind in ((plain, "plain"), (residual, "residual")):
         _curves(axes, sorted((run for run in runs if run.kind == kind), key=lambda run: run.depth), colours)
-    highest = max(max(smoothed(run.losses)[len(run.losses) // 50 :]) for run in runs)
-    lowest = min(min(smoothed(run.losses)) for run in runs)
-    for axes in (plain, residual):
-        axes.set(yscale="log", ylim=(0.8 * lowest, 1.1 * highest))
-        axes.yaxis.set_major_locator(pyplot.FixedLocator([0.1, 0.2, 0.3, 0.5, 0.7, 1, 2, 3, 5]))
-        axes.yaxis.set_minor_locator(pyplot.NullLocator())
-        axes.yaxis.set_major_formatter("{x:g}")
     plain.set_ylabel("training loss")
     for run in sorted(runs, key=lambda run: (run.kind, run.depth)):
         style = {"color": colours[run.depth], "linestyle": "-" if run.kind == "residual" else (0, (3, 1.2))}
@@ -273,8 +271,10 @@ def draw(runs: list[Run], path: Path) -> None:
     for axes in figure.axes:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
+    figure.canvas.draw()
     with replacing(path) as unfinished:
-        figure.savefig(unfinished, dpi=110, format="png")
+        image = Image.fromarray(numpy.asarray(figure.canvas.buffer_rgba())).convert("RGB")
+        image.quantize(128).save(unfinished, "png", optimize=True)  # with a palette it has a third of the bytes
     pyplot.close(figure)
 
 
@@ -305,22 +305,18 @@ def report(runs: list[Run], options: argparse.Namespace) -> None:
         right=(1, 2, 3, 4, 5),
         caption="training loss: mean of the last tenth of the steps",
     )
+    rows = []
+    for run in runs:
+        ends = (0, len(run.before.size) // 2, -1)
+        sizes = (f"{run.before.size[i]:.2g} → {run.after.size[i]:.2g}" for i in ends)
+        rows.append((f"{run.kind}, {run.depth} layers", *sizes, *(f"{run.before.agreement[i]:.2f}" for i in ends)))
     print_table(
-        "Gradients of the convolutions' weights, before → after training",
+        "Gradients of the first, the middle and the last convolution's weights",
         ["", "size: first", "middle", "last", "agreement: first", "middle", "last"],
-        [
-            (
-                f"{run.kind}, {run.depth} layers",
-                *(f"{run.before.size[i]:.2g} → {run.after.size[i]:.2g}" for i in (0, len(run.before.size) // 2, -1)),
-                *(
-                    f"{run.before.agreement[i]:.2f} → {run.after.agreement[i]:.2f}"
-                    for i in (0, len(run.before.size) // 2, -1)
-                ),
-            )
-            for run in runs
-        ],
+        rows,
         right=range(1, 7),
-        caption=f"size: ‖gradient‖ · ‖weights‖; agreement: cosine between two of {PROBES} batches of {PROBE}",
+        caption=f"size: ‖gradient‖ · ‖weights‖, before → after training; agreement: cosine between two batches, before; "
+        f"of {PROBES} batches of {PROBE}",
     )
 
 
