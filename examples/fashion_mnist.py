@@ -7,6 +7,7 @@ The four files are read as their authors publish them (the IDX format of MNIST, 
 from __future__ import annotations
 
 import gzip
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,7 +38,11 @@ def _idx(path: Path) -> Tensor:
     Raises:
         ValueError: it is no such file, or it ends early.
     """
-    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    data = path.read_bytes()
+    try:
+        data = gzip.decompress(data) if path.suffix == ".gz" else data
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: damaged: {error}") from None
     dimensions = data[3] if len(data) > 3 and data[:3] == b"\0\0\x08" else 0
     start = 4 + 4 * dimensions
     shape = [int.from_bytes(data[i : i + 4], "big") for i in range(4, start, 4)]

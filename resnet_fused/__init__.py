@@ -2,7 +2,7 @@
 
 from .backends import available_backends, backend, set_backend, unavailable_backends
 from .blocks import BasicBlock, Bottleneck
-from .convert import fuse, load, unfuse
+from .convert import fuse, load, save_pretrained, unfuse
 from .distributed import convert_sync_batchnorm
 from .inference import optimize_for_inference
 from .layers import AddReLU, ConvBNReLU
@@ -48,6 +48,7 @@ __all__ = [
     "resnext50_32x4d",
     "resnext101_32x8d",
     "resnext101_64x4d",
+    "save_pretrained",
     "set_backend",
     "set_covariance",
     "unavailable_backends",

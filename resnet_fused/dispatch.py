@@ -62,15 +62,26 @@ def conv_is_plain(conv: nn.Module) -> bool:
 BATCH_NORMS: set[type] = {nn.BatchNorm2d, nn.SyncBatchNorm}
 
 
+def is_frozen_norm(bn: nn.Module) -> bool:
+    """torchvision's ``FrozenBatchNorm2d`` or one like it: four buffers, ``eps``, and the formula of a batch norm in eval mode."""
+    return type(bn).__name__ == "FrozenBatchNorm2d" and all(
+        hasattr(bn, name) for name in ("weight", "bias", "running_mean", "running_var", "eps")
+    )
+
+
+def is_batch_norm(module: nn.Module | None) -> bool:
+    """A batch norm that a fused unit may hold, by its type."""
+    return type(module) in BATCH_NORMS or (module is not None and is_frozen_norm(module))
+
+
+def has_values(bn: nn.Module) -> bool:
+    """Whether a batch norm has affine parameters and running statistics."""
+    return bn.weight is not None and bn.bias is not None and bn.running_mean is not None
+
+
 def norm_is_plain(bn: nn.Module) -> bool:
     """A batch norm with affine parameters and running statistics."""
-    return (
-        type(bn) in BATCH_NORMS
-        and is_plain(bn, type(bn))
-        and bn.weight is not None
-        and bn.bias is not None
-        and bn.running_mean is not None
-    )
+    return is_batch_norm(bn) and is_plain(bn, type(bn)) and has_values(bn)
 
 
 def group_name(bn: nn.Module) -> str:

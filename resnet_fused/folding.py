@@ -38,11 +38,6 @@ for _name in _IN_PLACE_OPERATORS:
     setattr(_Proxy, f"__{_name}__", _in_place(getattr(operator, _name)))
 
 
-def _is_frozen_norm(module: nn.Module) -> bool:
-    names = ("weight", "bias", "running_mean", "running_var", "eps")
-    return type(module).__name__ == "FrozenBatchNorm2d" and all(hasattr(module, name) for name in names)
-
-
 class _Tracer(fx.Tracer):
     def proxy(self, node: Node) -> fx.Proxy:
         return _Proxy(node, self)
@@ -51,7 +46,7 @@ class _Tracer(fx.Tracer):
         return a.node if isinstance(a, fx.Proxy) else super().create_arg(a)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        whole = isinstance(m, (nn.Conv2d, nn.modules.batchnorm._NormBase)) or _is_frozen_norm(m)
+        whole = isinstance(m, (nn.Conv2d, nn.modules.batchnorm._NormBase)) or dispatch.is_frozen_norm(m)
         return whole or super().is_leaf_module(m, module_qualified_name)
 
 
@@ -144,7 +139,7 @@ class Folder:
             return None
         if type(bn) in (nn.BatchNorm2d, BNReLU2d, BNAddReLU2d):
             return None if bn.running_mean is None else type(bn) is not nn.BatchNorm2d
-        if _is_frozen_norm(bn):
+        if dispatch.is_frozen_norm(bn):
             return False
         if type(bn).__name__ == "BatchNormAct2d" and type(getattr(bn, "drop", None)) is nn.Identity:
             return {nn.ReLU: True, nn.Identity: False}.get(type(bn.act)) if bn.running_mean is not None else None

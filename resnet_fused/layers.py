@@ -54,11 +54,16 @@ def _unit(conv: nn.Conv2d | None, bn: nn.BatchNorm2d, act: Activation, group: st
         running_mean=bn.running_mean,
         running_var=bn.running_var,
         conv=geometry,
-        training=bn.training,
+        training=bn.training and not dispatch.is_frozen_norm(bn),
         relu=act is not None,
         eps=bn.eps,
         synchronised=bn.training and group != "" and dispatch.group_name(bn) == group,
     )
+
+
+def _frozen_promote(norms: Sequence[nn.Module], dtype: torch.dtype) -> bool:
+    """Whether a ``FrozenBatchNorm2d`` would turn activations of ``dtype`` into a wider one, which is that of its buffers."""
+    return any(dispatch.is_frozen_norm(bn) and bn.weight.dtype != dtype for bn in norms)
 
 
 def _fits(x: Tensor, units: Sequence[Unit], projection: Unit | None, dtype: torch.dtype) -> bool:
@@ -120,7 +125,8 @@ def _run_chain(
     tail: Tail,
 ) -> Tensor | None:
     """The chain as one operator, running statistics updated; None where only the plain path gives the stock result."""
-    group = _group([bn for _, bn, _ in units] + ([projection[1]] if projection else []))
+    norms = [bn for _, bn, _ in units] + ([projection[1]] if projection else [])
+    group = _group(norms)
     if group is None or (x.shape[0] == 0 and not group):
         return None
     specs = tuple(_unit(*unit, group) for unit in units)
@@ -132,7 +138,7 @@ def _run_chain(
         if dtype == torch.float64 or residual is not None:
             return None
         dtype = cast
-    if not _fits(x, specs, projected, dtype):
+    if _frozen_promote(norms, dtype) or not _fits(x, specs, projected, dtype):
         return None
     identity = residual is x
     if residual is None:

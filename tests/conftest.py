@@ -23,6 +23,8 @@ if importlib.util.find_spec("triton"):
 else:
     import resnet_fused
 
+from resnet_fused import operators
+
 torch.set_num_threads(1)  # the inputs are small; more threads only wait for each other
 
 
@@ -62,3 +64,24 @@ def _seeded() -> None:
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     with resnet_fused.backend(request.param):
         yield request.param
+
+
+@pytest.fixture
+def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Grows by one with each chain that runs as a fused operator."""
+    calls: list[str] = []
+    run = operators.chain
+
+    def counted(x, residual, chain, route):
+        calls.append(chain.shortcut.name)
+        return run(x, residual, chain, route)
+
+    monkeypatch.setattr(operators, "chain", counted)
+    return calls
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

@@ -129,6 +129,25 @@ def test_autocast(ranks: Ranks, case: str) -> None:
             assert_as_accurate(found[name], stock[name], expected, ulps=4, name=name, scale=scale)
 
 
+@pytest.mark.parametrize("covariance", ["always", "never"])
+def test_each_rank_has_the_gradients_of_its_own_images(ranks: Ranks, covariance: str, backend: str) -> None:
+    """What a rank returns before DDP averages: the gradients of everybody's loss through its own use of the parameters."""
+    case = "conv-1x1-no-relu"
+    answers = ranks.run(rank_step, case, "uneven", torch.float64, backend, covariance, "ours", False)
+    module, ((x,), grad) = make(case, torch.float64, ours=False), inputs(case, torch.float64)
+    own = [[p.detach().clone().requires_grad_() for p in module.parameters()] for _ in SPLITS["uneven"]]
+    parts = zip(x.detach().split(SPLITS["uneven"]), own, strict=True)
+    y = torch.cat([torch.nn.functional.conv2d(part, weight) for part, (weight, _, _) in parts])
+    normal = torch.nn.functional.batch_norm(y, None, None, training=True, eps=module.bn.eps)
+    for part, (_, scale, bias), dout in zip(
+        normal.split(SPLITS["uneven"]), own, grad.split(SPLITS["uneven"]), strict=True
+    ):
+        (part * scale.view(1, -1, 1, 1) + bias.view(1, -1, 1, 1)).backward(dout, retain_graph=True)
+    names = [f"{name} grad" for name, _ in module.named_parameters()]
+    for (found, _), parameters in zip(answers, own, strict=True):
+        assert_equal({name: found[name] for name in names}, dict(zip(names, (p.grad for p in parameters), strict=True)))
+
+
 _NORMS = {"plain": {}, "cumulative": {"momentum": None}, "no affine": {"affine": False}, "untracked": {}}
 
 

@@ -26,6 +26,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .hugging_face import weights_in
+
 Model = TypeVar("Model", bound=nn.Module)
 State = dict[str, Tensor]
 
@@ -164,12 +166,17 @@ def _unwrapped(checkpoint: Any) -> Any:
 def read(path: str | os.PathLike[str]) -> State:
     """The state_dict in a .pth or .safetensors file, on the processor; ``{"state_dict": …}`` and the like are unwrapped.
 
+    A folder stands for its ``model.safetensors`` or ``pytorch_model.bin``, as ``save_pretrained`` writes it.
+
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: there is no such file, or none in the folder.
         ImportError: a .safetensors file, and safetensors is not installed.
-        ValueError: the file is damaged, or holds something other than tensors by name.
+        ValueError: the file is damaged, or holds something other than tensors by name; or the ``config.json`` in the folder
+            describes another network.
     """
     name = os.fspath(path)
+    if os.path.isdir(name):
+        name = weights_in(name) or os.path.join(name, "model.safetensors")
     if not os.path.isfile(name):
         raise FileNotFoundError(f"read: no such file: {name}")
     try:
@@ -232,7 +239,7 @@ def resolve(
 
     Args:
         weights: a torchvision weights enum member, its name ("IMAGENET1K_V2", "ResNet50_Weights.IMAGENET1K_V1", "DEFAULT"),
-            a path (.pth, .safetensors), or a state_dict.
+            a path (.pth, .safetensors, or a folder with a model.safetensors), or a state_dict.
         builder_name (str): "resnet50", …
         progress (bool): show a progress bar while torchvision downloads.
     Returns:
@@ -245,7 +252,9 @@ def resolve(
     if isinstance(weights, Mapping):
         state = _unwrapped(weights)
         return state, _class_count(state), {}
-    is_name = isinstance(weights, str) and not (weights.endswith(_SUFFIXES) or os.path.isfile(weights))
+    is_name = isinstance(weights, str) and not (
+        weights.endswith(_SUFFIXES) or os.path.isfile(weights) or os.path.isdir(weights) and weights_in(weights)
+    )
     if isinstance(weights, (str, os.PathLike)) and not is_name:
         state = read(weights)
         return state, _class_count(state), {}

@@ -32,8 +32,8 @@ class DataFlow:
     # What a node is
 
     def _is_pure(self, node: Node) -> bool:
-        kind = type(self.module.get(node))
-        return kind in _PURE_MODULES or kind in dispatch.BATCH_NORMS
+        module = self.module.get(node)
+        return type(module) in _PURE_MODULES or dispatch.is_batch_norm(module)
 
     def _plain_call(self, node: Node) -> bool:
         return len(node.args) == 1 and isinstance(node.args[0], Node) and not node.kwargs

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.fx import Node
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .graph import Rewritten, rewrite
@@ -86,6 +87,15 @@ def _deepcopy(module: Any, memo: dict[int, Any]) -> Any:
     return copied
 
 
+def _recompile(module: Any) -> Any:
+    """For an fx.GraphModule, which compiles its graph into its class, which must be its own."""
+    module.__class__ = module._stock_class
+    try:
+        return module.recompile()
+    finally:
+        _fuse_quietly(module)
+
+
 @functools.cache
 def _pending_class(stock: type[nn.Module]) -> type[nn.Module]:
     return type(stock)(stock.__name__, (_Pending, stock), {"_stock_class": stock, "__module__": stock.__module__})  # type: ignore[misc]
@@ -105,10 +115,12 @@ def _fuse_quietly(module: nn.Module) -> None:
         _swap(module)
 
 
-_FORWARD = """\
-def forward({inputs}, *args, **kwargs):
-    if args or kwargs or not ({tensors}) or _is_tracing() or _Stock.forward is not _stock_forward or not ({guard}):
-        return _stock_forward({inputs}, *args, **kwargs)
+# ``forward_features`` is a method of timm's models that others call too.
+_METHODS = ("forward", "forward_features")
+_METHOD = """\
+def {method}({inputs}, *args, **kwargs):
+    if args or kwargs or not ({tensors}) or _is_tracing() or _Stock.{method} is not _stock_method or not ({guard}):
+        return _Stock.{method}({inputs}, *args, **kwargs)
     return _run({inputs})
 """
 _classes: dict[tuple[Any, ...], type[nn.Module]] = {}
@@ -120,57 +132,113 @@ def _compile(source: str, namespace: dict[str, Any], name: str) -> None:
     exec(compile(source, name, "exec"), namespace)
 
 
-def _fused_class(stock: type[nn.Module], traced: Trace, guard: Guard) -> type[nn.Module]:
-    """The subclass of ``stock`` that runs the rewritten graph; instances with the same graph and guard share it."""
-    run = traced.graph.python_code("self")
-    inputs = ", ".join(("self", *traced.inputs))
-    tensors = " and ".join(f"isinstance({name}, _Tensor)" for name in traced.inputs)
-    source = _FORWARD.format(inputs=inputs, tensors=tensors, guard=guard.source)
-    constants = tuple(
-        id(c) if inspect.isroutine(c) or inspect.isclass(c) else repr(c) for c in guard.constants.values()
-    )
-    functions = tuple((name, id(value)) for name, value in run.globals.items())
-    key = (stock, stock.forward, run.src, functions, source, constants)
-    if key not in _classes:
-        name = f"<{_OWN_PACKAGE} {stock.__module__}.{stock.__qualname__} {len(_classes)}"
-        body = dict(run.globals)
-        _compile(run.src, body, f"{name} graph>")
+@dataclass(frozen=True)
+class _Method:
+    """A method of a stock class: what it does, and while which condition holds."""
+
+    stock: type[nn.Module]
+    name: str
+    traced: Trace
+    guard: Guard
+
+    @functools.cached_property
+    def code(self) -> Any:
+        """The rewritten graph as Python."""
+        return self.traced.graph.python_code("self")
+
+    @functools.cached_property
+    def source(self) -> str:
+        inputs = ", ".join(("self", *self.traced.inputs))
+        tensors = " and ".join(f"isinstance({name}, _Tensor)" for name in self.traced.inputs)
+        return _METHOD.format(method=self.name, inputs=inputs, tensors=tensors, guard=self.guard.source)
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Equal for methods that run the same code under the same condition."""
+        constants = tuple(
+            id(c) if inspect.isroutine(c) or inspect.isclass(c) else repr(c) for c in self.guard.constants.values()
+        )
+        functions = tuple((name, id(value)) for name, value in self.code.globals.items())
+        return (getattr(self.stock, self.name), self.code.src, functions, self.source, constants)
+
+    @property
+    def returns_tensor(self) -> bool:
+        (output,) = (node.args[0] for node in self.traced.graph.nodes if node.op == "output")
+        return isinstance(output, Node) and output.meta.get("fused", False)
+
+    def compile(self, name: str) -> Callable[..., Any]:
+        """The method, known to tracebacks and debuggers under ``name``."""
+        body = dict(self.code.globals)
+        _compile(self.code.src, body, f"{name} graph>")
+        stock = getattr(self.stock, self.name)
         # Neither namespace has a __name__: torch.compile takes namespaces of the same name for one module.
         namespace: dict[str, Any] = {
             "_Tensor": Tensor,
             "_is_tracing": torch.jit.is_tracing,
-            "_Stock": stock,
-            "_stock_forward": stock.forward,
+            "_Stock": self.stock,
+            "_stock_method": stock,
             "_run": body["forward"],
-            **guard.constants,
+            **self.guard.constants,
         }
-        _compile(source, namespace, f"{name}>")
-        attributes = {
-            "forward": functools.wraps(stock.forward)(namespace["forward"]),
+        _compile(self.source, namespace, f"{name}>")
+        return functools.wraps(stock)(namespace[self.name])
+
+
+def _fused_class(stock: type[nn.Module], methods: list[_Method]) -> type[nn.Module]:
+    """The subclass of ``stock`` that runs the rewritten graphs; instances with the same graphs and guards share it."""
+    key = (stock, *(method.key for method in methods))
+    if key not in _classes:
+        name = f"<{_OWN_PACKAGE} {stock.__module__}.{stock.__qualname__} {len(_classes)}"
+        attributes: dict[str, Any] = {method.name: method.compile(f"{name} {method.name}") for method in methods}
+        attributes |= {
             "_stock_class": stock,
+            "_returns_tensor": methods[0].name == "forward" and methods[0].returns_tensor,
             "__module__": stock.__module__,
             "__qualname__": stock.__qualname__,
             "__doc__": stock.__doc__,
         }
         if hasattr(stock, "__deepcopy__"):
             attributes["__deepcopy__"] = _deepcopy
+        if issubclass(stock, fx.GraphModule):
+            attributes["recompile"] = _recompile
         _classes[key] = type(stock)(stock.__name__, (_Fused, stock), attributes)  # type: ignore[misc]
     return _classes[key]
 
 
+def _rewritten(module: nn.Module) -> tuple[Rewritten, list[_Method]]:
+    """What was found in the first method in which there is something to fuse, and all methods to replace.
+
+    Raises:
+        LeftAlone: no method could be traced; the reason is that of ``forward``.
+    """
+    stock, results, reasons = type(module), {}, []
+    for name in _METHODS:
+        if inspect.isfunction(getattr(stock, name, None)):
+            try:
+                traced = trace(module, name)
+                results[name] = (traced, rewrite(module, traced.graph))
+            except LeftAlone as reason:
+                reasons.append(reason)
+    if not results:
+        raise reasons[0]
+    replaced = {name: result for name, result in results.items() if result[1].patterns}
+    found = next(iter((replaced or results).values()))[1]
+    return found, [
+        _Method(stock, name, traced, Guard(module, traced, sorted(rewritten.skipped), replaced))
+        for name, (traced, rewritten) in replaced.items()
+    ]
+
+
 def _swap(module: nn.Module) -> Rewritten:
-    """Give ``module`` the class that runs its rewritten graph, when there is something to rewrite.
+    """Give ``module`` the class that runs its rewritten graphs, when there is something to rewrite.
 
     Raises:
         LeftAlone: it cannot be proven that the graph does what the forward does.
     """
-    stock = type(module)
-    traced = trace(module)
     try:
-        found = rewrite(module, traced.graph)
-        if found.patterns:
-            guard = Guard(module, traced, sorted(found.skipped))
-            module.__class__ = _fused_class(stock, traced, guard)
+        found, methods = _rewritten(module)
+        if methods:
+            module.__class__ = _fused_class(type(module), methods)
     except LeftAlone:
         raise
     except Exception as error:

@@ -17,7 +17,7 @@ from torch.fx import Node
 from .. import dispatch, layers
 from . import calls
 from .dataflow import DataFlow
-from .sequential import is_plain_conv, is_plain_norm
+from .sequential import is_norm_act, is_plain_conv, is_plain_norm
 
 
 @dataclass(eq=False)
@@ -96,16 +96,7 @@ class Matcher(DataFlow):
             return "batch norm without parameters or running statistics, or called with more than one argument"
         if self.calls[id(self.module[bn])] > 1:
             return "called more than once in one forward"
-        nodes = {bn}
-        conv: Node | None = self._source(bn.args[0], nodes)  # type: ignore[arg-type]
-        reason = ""
-        if not (self._plain_call(conv) and is_plain_conv(self.module.get(conv))):  # type: ignore[arg-type]
-            reason = "its input is not the output of a plain Conv2d"
-        elif self._sole_user(conv, set()) is not bn:  # type: ignore[arg-type]
-            reason = f"the output of {conv.target} is used elsewhere too"  # type: ignore[union-attr]
-        elif self.calls[id(self.module[conv])] > 1:  # type: ignore[index]
-            reason = f"{conv.target} is called more than once in one forward"  # type: ignore[union-attr]
-        conv, nodes = (None, {bn}) if reason else (conv, nodes | {conv})  # type: ignore[assignment,operator]
+        conv, nodes, reason = self._convolution(bn)
         passed: set[Node] = set()
         user = self._sole_user(bn, passed)
         act = user if user is not None and self._relu(user) else None
@@ -117,6 +108,39 @@ class Matcher(DataFlow):
         if conv is None and act is None and self._residual_add(unit) is None:
             return f"{reason}, and no ReLU follows {name}"
         return unit
+
+    def _convolution(self, bn: Node) -> tuple[Node | None, set[Node], str]:
+        """(convolution before a batch norm, nodes of both, ""); (None, the batch norm, the reason) where it cannot be taken."""
+        nodes = {bn}
+        conv = self._source(bn.args[0], nodes)  # type: ignore[arg-type]
+        if not (self._plain_call(conv) and is_plain_conv(self.module.get(conv))):
+            reason = "its input is not the output of a plain Conv2d"
+        elif self._sole_user(conv, set()) is not bn:
+            reason = f"the output of {conv.target} is used elsewhere too"  # type: ignore[str-bytes-safe]
+        elif self.calls[id(self.module[conv])] > 1:
+            reason = f"{conv.target} is called more than once in one forward"  # type: ignore[str-bytes-safe]
+        else:
+            return conv, nodes | {conv}, ""
+        return None, {bn}, reason
+
+    def _norm_act(self, bn: Node) -> None:
+        """A group for timm's BatchNormAct2d, which applies its activation itself, and the convolution before it."""
+        conv, nodes, reason = self._convolution(bn)
+        name, act = str(bn.target), self.module[bn].act
+        if not self._plain_call(bn) or self.calls[id(self.module[bn])] > 1:
+            self.result.left[name] = "called more than once in one forward, or with more than one argument"
+        elif conv is None and type(act) is nn.Identity:
+            self.result.left[name] = f"{reason}, and {name} has no ReLU"
+        else:
+
+            def build(graph: fx.Graph) -> Node:
+                x = self._now((conv or bn).args[0])  # type: ignore[arg-type]
+                return graph.call_function(calls.run_norm_act, (x, self._fetch(graph, conv), self._fetch(graph, bn)))
+
+            pattern = " → ".join(str(node.target) for node in (conv, bn) if node)
+            kind = "conv-bn" if conv else "bn-relu"
+            if not self._take(nodes, bn, build, f"{kind}: {pattern}"):
+                self.result.left[name] = "an operation between its parts may change a value in place"
 
     def _residual_add(self, unit: Unit) -> tuple[Node, Node, Node, set[Node]] | None:
         """(add, relu, other operand, identities passed) when relu(unit + other) follows a unit without activation."""
@@ -159,7 +183,9 @@ class Matcher(DataFlow):
         """All groups, largest first per value; reasons for batch norms left over go to ``result.left``."""
         units = []
         for node, module in self.module.items():
-            if type(module) in dispatch.BATCH_NORMS:
+            if is_norm_act(module):
+                self._norm_act(node)
+            elif dispatch.is_batch_norm(module):
                 unit = self._unit(node)
                 if isinstance(unit, Unit):
                     units.append(unit)
@@ -310,6 +336,7 @@ def rewrite(root: nn.Module, graph: fx.Graph) -> Rewritten:
     for group in sorted(matcher.match(), key=lambda group: matcher.order[group.last]):
         with graph.inserting_before(group.last):
             call = group.build(graph)
+        call.meta["fused"] = True
         group.last.replace_all_uses_with(call)
         matcher.replaced[group.last] = call
         for node in sorted(group.nodes, key=matcher.order.__getitem__, reverse=True):

@@ -37,11 +37,15 @@ def _is_simple(value: Any) -> bool:
 
 
 class Guard:
-    """Conditions in ``source``, which refer to ``self`` and to the names in ``constants``."""
+    """Conditions in ``source``, which refer to ``self``, to its class before fusing, ``_Stock``, and to names in ``constants``.
 
-    def __init__(self, module: nn.Module, trace: Trace, skipped: Iterable[str]) -> None:
+    ``replaced`` names the methods that the fused class overrides.
+    """
+
+    def __init__(self, module: nn.Module, trace: Trace, skipped: Iterable[str], replaced: Iterable[str] = ()) -> None:
         self.conditions: dict[str, None] = {}
         self.constants: dict[str, Any] = {}
+        self.replaced = frozenset(replaced)
         self._check_paths(module, trace)
         for name, count in sorted(trace.reads.items()):
             if name not in _INTERNAL and not name.startswith("__") and not hasattr(nn.Module, name):
@@ -49,6 +53,8 @@ class Guard:
         walks_children = trace.reads["children"] or trace.reads["named_children"]
         if walks_children or isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
             self._require(f"tuple(self._modules) == {tuple(module._modules)!r}")
+        for path in sorted(trace.tensors):
+            self._tensor(access(path), module.get_submodule(path))
         for path in skipped:
             self._type(access(path), nn.Identity)
             self._no_hooks(access(path))
@@ -94,7 +100,9 @@ class Guard:
             self._require(f"not hasattr(self, {name!r})")
         else:
             value = inspect.getattr_static(type(module), name)
-            if inspect.isfunction(value):
+            if name in self.replaced:
+                self._require(f"{name!r} not in self.__dict__ and _Stock.{name} is {self._constant(value)}")
+            elif inspect.isfunction(value):
                 self._require(f"{expression}.__func__ is {self._constant(value)}")
             elif not isinstance(value, (property, classmethod, staticmethod)):
                 self._value(expression, name, value)
@@ -117,13 +125,23 @@ class Guard:
     def _no_hooks(self, expression: str) -> None:
         self._require("not (" + " or ".join(f"{expression}.{hooks}" for hooks in _HOOKS) + ")")
 
-    def _child(self, expression: str, child: nn.Module) -> None:
-        """The forward looked at this child beyond calling it, or the trace looked inside."""
+    def _kind(self, expression: str, child: nn.Module) -> None:
         if type(child) in (nn.Sequential, FusedSequential):
             stock, fused = self._constant(nn.Sequential), self._constant(FusedSequential)
             self._require(f"(type({expression}) is {stock} or type({expression}) is {fused})")
         else:
             self._type(expression, type(child))
+
+    def _tensor(self, expression: str, child: nn.Module) -> None:
+        """The forward asked whether the output of this child is a Tensor."""
+        self._kind(expression, child)
+        if isinstance(child, nn.Sequential):
+            self._require(f"tuple({expression}._modules) == {tuple(child._modules)!r}")
+            self._tensor(access(next(reversed(child._modules)), expression), child[-1])
+
+    def _child(self, expression: str, child: nn.Module) -> None:
+        """The forward looked at this child beyond calling it, or the trace looked inside."""
+        self._kind(expression, child)
         if type(child) in CONTAINERS:
             self._require(f"tuple({expression}._modules) == {tuple(child._modules)!r}")
             for name, grandchild in child._modules.items():

@@ -17,8 +17,17 @@ def is_plain_conv(module: Any) -> bool:
 
 
 def is_plain_norm(module: Any) -> bool:
-    """Exactly nn.BatchNorm2d, or a synchronised one, with parameters and running statistics."""
-    return type(module) in dispatch.BATCH_NORMS and module.affine and module.track_running_stats
+    """Exactly nn.BatchNorm2d, a synchronised or a frozen one, with affine parameters and running statistics."""
+    return dispatch.is_batch_norm(module) and dispatch.has_values(module)
+
+
+def is_norm_act(module: Any) -> bool:
+    """Exactly timm's BatchNormAct2d with parameters and running statistics, without dropout, and with ReLU or no activation."""
+    cls = type(module)
+    if (cls.__module__, cls.__qualname__) != ("timm.layers.norm_act", "BatchNormAct2d"):
+        return False
+    known = type(module.drop) is nn.Identity and type(module.act) in (nn.ReLU, nn.Identity)
+    return known and module.affine and module.track_running_stats
 
 
 def is_stem_pool(module: Any) -> bool:

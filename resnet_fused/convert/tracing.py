@@ -35,15 +35,17 @@ class LeftAlone(Exception):
 
 @dataclass
 class Trace:
-    """What a module's forward does: ``graph``, in train and eval alike, given the tensors ``inputs``.
+    """What a method of a module does: ``graph``, in train and eval alike, given the tensors ``inputs``.
 
-    ``reads`` counts how often the forward read each attribute of the module, ``calls`` how often it called each child (by id).
+    ``reads`` counts how often it read each attribute of the module, ``calls`` how often it called each child (by id);
+    ``tensors`` are the paths of children whose output it took for a Tensor.
     """
 
     graph: fx.Graph
     inputs: tuple[str, ...]
     reads: Counter[str]
     calls: Counter[int]
+    tensors: set[str]
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -99,6 +101,7 @@ class _Tracer(fx.Tracer):
     def __init__(self) -> None:
         super().__init__()
         self.calls: Counter[int] = Counter()
+        self.tensors: set[str] = set()
         self.ambient = _ambient()
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
@@ -106,8 +109,10 @@ class _Tracer(fx.Tracer):
 
     def returns_tensor(self, node: fx.Node) -> bool:
         if node.op == "call_module":
-            kind = type(self.root.get_submodule(str(node.target)))
-            return kind in _TENSOR_MODULES or kind in dispatch.BATCH_NORMS
+            if not returns_tensor(self.root.get_submodule(str(node.target))):
+                return False
+            self.tensors.add(str(node.target))
+            return True
         return node.op == "placeholder"
 
     def create_arg(self, a: Any) -> Any:
@@ -135,16 +140,28 @@ class _Tracer(fx.Tracer):
         return super().create_node(kind, *args, **kwargs)
 
 
+def returns_tensor(module: nn.Module) -> bool:
+    """Whether calling ``module`` gives a Tensor: by its type, or by that of the last child of a Sequential."""
+    if type(module) in (nn.Sequential, FusedSequential):
+        return len(module) > 0 and returns_tensor(module[-1])  # type: ignore[arg-type,index]
+    return (
+        type(module) in _TENSOR_MODULES
+        or dispatch.is_batch_norm(module)
+        or getattr(type(module), "_returns_tensor", False)
+    )
+
+
 def is_inlined(module: nn.Module) -> bool:
     """Whether a trace looks inside ``module``: a Sequential without hooks with a convolution or batch norm in it."""
     if type(module) not in (nn.Sequential, FusedSequential) or has_hooks(module):
         return False
-    return any(type(child) is nn.Conv2d or type(child) in dispatch.BATCH_NORMS or is_inlined(child) for child in module)  # type: ignore[attr-defined]
+    children = module.children()
+    return any(type(m) is nn.Conv2d or dispatch.is_batch_norm(m) or is_inlined(m) for m in children)
 
 
-def _required_inputs(cls: type[nn.Module]) -> tuple[str, ...]:
+def _required_inputs(function: Callable[..., Any]) -> tuple[str, ...]:
     names = []
-    for parameter in list(inspect.signature(cls.forward).parameters.values())[1:]:
+    for parameter in list(inspect.signature(function).parameters.values())[1:]:
         if parameter.default is not parameter.empty or parameter.kind in (
             parameter.VAR_POSITIONAL,
             parameter.VAR_KEYWORD,
@@ -158,10 +175,12 @@ def _required_inputs(cls: type[nn.Module]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _recording_class(cls: type[nn.Module], inputs: tuple[str, ...], reads: Counter[str]) -> type[nn.Module]:
-    """A subclass of ``cls`` that counts attribute reads and whose forward takes the required arguments only."""
+def _recording_class(
+    cls: type[nn.Module], method: str, inputs: tuple[str, ...], reads: Counter[str]
+) -> type[nn.Module]:
+    """A subclass of ``cls`` that counts attribute reads and whose forward is ``method`` with the required arguments only."""
     arguments = ", ".join(("self", *inputs))
-    namespace: dict[str, Any] = {"_forward": cls.forward}
+    namespace: dict[str, Any] = {"_forward": getattr(cls, method)}
     exec(f"def forward({arguments}):\n    return _forward({arguments})\n", namespace)
 
     class Recorder:
@@ -234,21 +253,21 @@ def _outline(graph: fx.Graph) -> list[tuple[Any, ...]]:
     return [(n.op, n.target, n.name, repr(n.args), repr(n.kwargs)) for n in graph.nodes]
 
 
-def trace(module: nn.Module) -> Trace:
-    """Trace ``module.forward`` in train and eval mode, with and without gradients.
+def trace(module: nn.Module, method: str = "forward") -> Trace:
+    """Trace ``module.forward``, or another method of tensors, in train and eval mode, with and without gradients.
 
     Raises:
         LeftAlone: the forward cannot be traced, or its graph would not be the whole truth.
     """
     cls = type(module)
-    if "forward" in module.__dict__:
-        raise LeftAlone("its forward is replaced on the instance")
-    inputs = _required_inputs(cls)
+    if method in module.__dict__:
+        raise LeftAlone(f"its {method} is replaced on the instance")
+    inputs = _required_inputs(getattr(cls, method))
     reads: Counter[str] = Counter()
     flags = [(child, child.training) for child in module.modules()]
     result: Trace | None = None
     try:
-        recording = _recording_class(cls, inputs, reads)
+        recording = _recording_class(cls, method, inputs, reads)
         for training, grad in ((True, True), (True, False), (False, True), (False, False)):
             for child, _ in flags:
                 child.training = training
@@ -266,10 +285,11 @@ def trace(module: nn.Module) -> Trace:
                 raise LeftAlone(changed)
             graph: fx.Graph = tracer.traced  # type: ignore[attr-defined]
             if result is None:
-                result = Trace(graph, inputs, counted, tracer.calls)
+                result = Trace(graph, inputs, counted, tracer.calls, tracer.tensors)
             elif _outline(graph) != _outline(result.graph):
                 raise LeftAlone("its forward differs between train and eval, or with and without gradients")
             result.reads |= counted
+            result.tensors |= tracer.tensors
     except LeftAlone:
         raise
     except Exception as error:
