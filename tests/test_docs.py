@@ -7,7 +7,7 @@ reader is not shown. The blocks of a page share one namespace, in a folder of th
 from __future__ import annotations
 
 import ast
-import importlib
+import importlib.util
 import inspect
 import re
 import shlex
@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if not (ROOT / "docs").is_dir():
     pytest.skip("the pages are part of the source tree only", allow_module_level=True)
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-LINKING = [*PAGES, *sorted((ROOT / "benchmarks").rglob("*.md"))]
+LINKING = [*PAGES, *(page for folder in ("benchmarks", "examples") for page in sorted((ROOT / folder).rglob("*.md")))]
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 COMMENT = re.compile(r"<!--\s*(not run|first):(.*?)-->\s*\Z", re.S)
 
@@ -110,11 +110,18 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert not anchor or anchor in anchors(path), f"{page.name}: {target}: no such heading"
 
 
-def resolve(dotted: str) -> object:
+def check_name(dotted: str) -> None:
     found: object = resnet_fused
     for i, name in enumerate(parts := dotted.split(".")):
-        found = getattr(found, name, None) or importlib.import_module(".".join(["resnet_fused", *parts[: i + 1]]))
-    return found
+        if hasattr(found, name):
+            found = getattr(found, name)
+            continue
+        module = ".".join(["resnet_fused", *parts[: i + 1]])
+        assert importlib.util.find_spec(module), f"{module}: no such name"
+        try:
+            found = importlib.import_module(module)
+        except ImportError:  # of another package that it needs
+            return
 
 
 @named(PAGES)
@@ -122,7 +129,7 @@ def test_names_exist(page: Path) -> None:
     """``resnet_fused.NAME`` anywhere; paths of the source tree and names of tests between backticks."""
     text = page.read_text(encoding="utf-8")
     for dotted in re.findall(r"(?<![\w./-])resnet_fused\.([A-Za-z]\w*(?:\.\w+)*)", text):
-        resolve(dotted)
+        check_name(dotted)
     quoted = re.findall(r"`([^`\s]+)`", prose(page))
     defined = {
         name for path in (ROOT / "tests").rglob("*.py") for name in re.findall(r"def (test_\w+)", path.read_text())
