@@ -170,6 +170,7 @@ _FROZEN: dict[str, Callable[[str], bool]] = {
 }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("frozen", _FROZEN)
 @pytest.mark.parametrize("training", [True, False])
 def test_subset_of_gradients(frozen: str, training: bool) -> None:

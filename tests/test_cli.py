@@ -90,6 +90,7 @@ def test_verify_notices_a_wrong_network(monkeypatch, capsys):
     assert "FAILED" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_verify_reports_an_exception_as_a_failure(monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("no such kernel")
@@ -126,6 +127,7 @@ def test_bench(mode, tmp_path, capsys):
     assert all(float(row["p50_ms"]) > 0 and float(row["error_vs_fp64"]) < 0.1 for row in rows)
 
 
+@pytest.mark.slow
 def test_bench_without_the_covariance_plan(monkeypatch, tmp_path, capsys):
     """The provider of that name trains without a covariance, the one beside it with one; inference has nothing to compare."""
     from resnet_fused import backends, providers

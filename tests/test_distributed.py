@@ -84,7 +84,7 @@ _COLLECTIVES = {
 }
 
 
-@pytest.mark.one_in(5)
+@pytest.mark.one_in(8)
 @pytest.mark.parametrize("covariance", ["always", "never"])
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("case", _COLLECTIVES)

@@ -158,7 +158,7 @@ def test_onnx_export() -> None:
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("training", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_compile_fullgraph(training: bool) -> None:
     ours, stock = (m.train(training) for m in networks())
     counter = CompileCounterWithBackend("aot_eager")
@@ -321,6 +321,7 @@ def _prune(conv: nn.Module) -> None:
 _REPARAMETRISED = [torch.nn.utils.weight_norm, parametrizations.weight_norm, parametrizations.spectral_norm, _prune]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("change", _REPARAMETRISED)
 @pytest.mark.parametrize("name", ["conv1", "layer1.0.conv2", "layer2.0.downsample.0"])

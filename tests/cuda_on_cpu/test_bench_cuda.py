@@ -55,6 +55,7 @@ def planted(cuda: EmulatedCuda, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "ops", Planted(cuda.ops, "bn_relu_maxpool_backward_reduce", 0.7))
 
 
+@pytest.mark.slow
 @check_cuda
 def test_check(script: ModuleType, cuda: EmulatedCuda, capsys):
     arguments = ["--small", "--backend", cuda.name, "--dtype", "bf16", "--operator"]

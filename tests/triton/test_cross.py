@@ -35,7 +35,7 @@ from resnet_fused.backends.aten import pack_mask, rows, unpack_mask
 from resnet_fused.backends.operands import Below, Conv, Pending, Product, filter_matrix
 from resnet_fused.backends.triton import cross, cross_products, gemm, launching, products
 
-pytestmark = pytest.mark.one_in(7)
+pytestmark = pytest.mark.one_in(10)
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ from resnet_fused.backends.operands import Conv, filter_matrix
 from resnet_fused.backends.triton import dispatch, flagged, launching
 from resnet_fused.testing import assert_as_accurate
 
-pytestmark = pytest.mark.one_in(7)
+pytestmark = pytest.mark.one_in(10)
 
 SWEEP = sweep()
 

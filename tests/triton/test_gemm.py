@@ -37,7 +37,7 @@ from resnet_fused.backends.triton.launching import described
 from resnet_fused.backends.triton.tuning import Config
 from resnet_fused.statistics import coupling_shift
 
-pytestmark = pytest.mark.one_in(7)
+pytestmark = pytest.mark.one_in(10)
 
 SMALL = Config(16, 16, 16, 4, 1)
 WIDE = Config(32, 16, 32, 4, 1)

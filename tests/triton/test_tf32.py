@@ -25,7 +25,7 @@ from resnet_fused.backends.triton import configs, conv3x3, cross_products, devic
 from resnet_fused.backends.triton.launching import product_precision
 from resnet_fused.workloads import workloads
 
-pytestmark = pytest.mark.one_in(7)
+pytestmark = pytest.mark.one_in(10)
 
 FP32 = torch.float32
 SETTING = torch.backends.cudnn
