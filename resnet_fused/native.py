@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +21,8 @@ _HERE = Path(__file__).resolve().parent
 LIBRARIES = ("_cpu.so", "_cpu.dylib", "_cpu.dll")
 FAILURE_NOTE = "_build_failure.txt"  # written by the build when there was no compiler, or it failed
 
+CAPABILITY_VARIABLE = "RESNET_FUSED_CPU_CAPABILITY"
+CAPABILITIES = ("baseline", "avx2", "avx512", "avx512_bf16")  # csrc/cpu/isa.h
 CUDA_LIBRARY = "_cuda.so"
 OLDEST_GPU = (8, 0)  # compute capability that has the instructions of the GPU kernels
 
@@ -42,6 +46,10 @@ def _load() -> str:
         if note.exists():
             return "the C++ build failed: " + note.read_text(encoding="utf-8").strip()
         return "not compiled: run 'pip install .' (or 'python setup.py build_ext --inplace') with a C++20 compiler"
+    capability = os.environ.get(CAPABILITY_VARIABLE, "")
+    if capability and capability not in CAPABILITIES:
+        known = ", ".join(CAPABILITIES)
+        warnings.warn(f"{CAPABILITY_VARIABLE}: expected one of {known}, got {capability!r}; ignored", stacklevel=2)
     try:
         torch.ops.load_library(str(library))
         _register_fakes()

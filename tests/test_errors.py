@@ -13,7 +13,7 @@ from chain_cases import CASES, Stem, StockAddReLU, StockBNReLU, StockConvBNReLU,
 from torch import Tensor, nn
 
 import resnet_fused
-from resnet_fused import functional
+from resnet_fused import functional, native
 
 X = torch.randn(2, 4, 5, 5)
 W = torch.randn(6, 4, 3, 3)
@@ -272,3 +272,14 @@ def test_environment_variable(value: str, expected: str) -> None:
         assert done.returncode and "RESNET_FUSED_BACKEND" in done.stderr and expected in done.stderr
     else:
         assert done.returncode == 0 and done.stdout.strip() == "aten"
+
+
+def test_an_unknown_instruction_set_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not native.is_loaded():
+        pytest.skip(f"no compiled kernels: {native.status()}")
+    monkeypatch.setenv(native.CAPABILITY_VARIABLE, "avx3")
+    monkeypatch.setattr(native, "_register_fakes", lambda: None)
+    with pytest.warns(
+        UserWarning, match=r"RESNET_FUSED_CPU_CAPABILITY: expected one of baseline, .*got 'avx3'; ignored"
+    ):
+        assert native._load() == "loaded"
