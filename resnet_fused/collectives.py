@@ -72,10 +72,10 @@ def gather(vector: Tensor, name: str) -> Tensor:
     if group is None:
         return vector[None]
     gathered = vector.new_empty(dist.get_world_size(group), len(vector))
-    if dist.get_backend(group) == "gloo":  # which cannot gather into one tensor
-        dist.all_gather(list(gathered.unbind()), vector, group=group)
-    else:
+    if vector.is_cuda and dist.get_backend(group) != "gloo":
         _gather_single(gathered.view(-1), vector, group=group)
+    else:  # gloo, alone or for a processor's tensors beside NCCL, cannot gather into one tensor
+        dist.all_gather(list(gathered.unbind()), vector, group=group)
     return gathered
 
 
