@@ -2,28 +2,6 @@
 
 dependencies = ["torch", "numpy"]
 
-from resnet_fused import (  # noqa: E402  (hub reads ``dependencies`` first)
-    resnet18,
-    resnet34,
-    resnet50,
-    resnet101,
-    resnet152,
-    resnext50_32x4d,
-    resnext101_32x8d,
-    resnext101_64x4d,
-    wide_resnet50_2,
-    wide_resnet101_2,
-)
+from resnet_fused.models import BUILDERS  # noqa: E402  (hub reads ``dependencies`` first)
 
-__all__ = [
-    "resnet18",
-    "resnet34",
-    "resnet50",
-    "resnet101",
-    "resnet152",
-    "resnext50_32x4d",
-    "resnext101_32x8d",
-    "resnext101_64x4d",
-    "wide_resnet50_2",
-    "wide_resnet101_2",
-]
+globals().update(BUILDERS)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import statistics
-import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -74,4 +73,3 @@ def draw() -> None:
 if __name__ == "__main__":
     draw()
     print(PICTURE)
-    sys.exit()

@@ -85,30 +85,21 @@ class _Total(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, vector: Tensor, name: str) -> Tensor:
         ctx.name = name
-        return _reduced(vector, name)
+        summed = vector.clone()
+        group = None if vector.is_meta else group_of(name)
+        if group is not None:
+            dist.all_reduce(summed, group=group)
+        return summed
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _Total.apply(grads[0], ctx.name), None
-
-
-def _reduced(vector: Tensor, name: str) -> Tensor:
-    group = None if vector.is_meta else group_of(name)
-    if group is None:
-        return vector
-    vector = vector.contiguous().clone()
-    dist.all_reduce(vector, group=group)
-    return vector
-
-
-def total(vector: Tensor, name: str) -> Tensor:
-    """The sum of a vector over all processes, differentiable any number of times."""
-    if torch.is_grad_enabled() and vector.requires_grad:
-        return _Total.apply(vector, name)
-    return _reduced(vector, name)
+        return _Total.apply(grads[0].contiguous(), ctx.name), None
 
 
 def totals(vectors: Sequence[Tensor], name: str) -> list[Tensor]:
-    """The sums of several vectors in one collective, in float64 and back in their own dtype."""
-    summed = total(torch.cat([v.double() for v in vectors]), name)
+    """The sums of several vectors over all processes in one collective, in float64 and back in their own dtype.
+
+    Differentiable any number of times.
+    """
+    summed = _Total.apply(torch.cat([v.double() for v in vectors]), name)
     return [s.to(v.dtype) for s, v in zip(summed.split([len(v) for v in vectors]), vectors, strict=True)]

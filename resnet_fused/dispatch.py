@@ -84,6 +84,14 @@ def norm_is_plain(bn: nn.Module) -> bool:
     return is_batch_norm(bn) and is_plain(bn, type(bn)) and has_values(bn)
 
 
+def is_norm_act(module: nn.Module | None) -> bool:
+    """Exactly timm's BatchNormAct2d with parameters and running statistics, without dropout, and with ReLU or no activation."""
+    cls = type(module)
+    if (cls.__module__, cls.__qualname__) != ("timm.layers.norm_act", "BatchNormAct2d"):
+        return False
+    return type(module.drop) is nn.Identity and type(module.act) in (nn.ReLU, nn.Identity) and has_values(module)
+
+
 def group_name(bn: nn.Module) -> str:
     """Over which processes the statistics of a batch norm go, as in ``collectives``; "" for this one alone."""
     if type(bn) is nn.SyncBatchNorm:

@@ -137,8 +137,9 @@ class Folder:
         """Whether a norm applies ReLU too; None where it is none that can be folded."""
         if bn is None or bn._forward_hooks or bn._forward_pre_hooks:
             return None
-        if type(bn) in (nn.BatchNorm2d, BNReLU2d, BNAddReLU2d):
-            return None if bn.running_mean is None else type(bn) is not nn.BatchNorm2d
+        fused = type(bn) in (BNReLU2d, BNAddReLU2d)
+        if fused or type(bn) in dispatch.BATCH_NORMS:
+            return None if bn.running_mean is None else fused
         if dispatch.is_frozen_norm(bn):
             return False
         if type(bn).__name__ == "BatchNormAct2d" and type(getattr(bn, "drop", None)) is nn.Identity:

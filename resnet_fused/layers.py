@@ -274,6 +274,17 @@ def run_norm(x: Tensor, bn: nn.BatchNorm2d, residual: Tensor | None, relu: bool)
     return _run_chain(x, [(None, bn, None)], residual, None, Tail.RELU if relu else Tail.NONE)
 
 
+def run_norm_act(x: Tensor, conv: nn.Module | None, bn: nn.Module) -> Tensor:
+    """``bn(conv(x))`` for timm's BatchNormAct2d, a batch norm that applies its activation itself."""
+    if dispatch.is_norm_act(bn) and all(dispatch.is_plain(m, type(m)) for m in (bn, bn.drop, bn.act)):
+        relu = isinstance(bn.act, nn.ReLU)
+        if _is_fusable(x, [] if conv is None else [conv], [], []):
+            out = _run_chain(x, [(conv, bn, None)], None, None, Tail.RELU if relu else Tail.NONE)
+            if out is not None:
+                return out
+    return bn(x if conv is None else conv(x))
+
+
 def run_add_act(a: Tensor, b: Tensor, act: Activation) -> Tensor:
     """``act(a + b)``, in the layout of a."""
     fusable = (

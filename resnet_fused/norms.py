@@ -92,8 +92,8 @@ class SyncBatchNorm(_FusedNorm):
     in a group of one it is a plain batch norm.
 
     Numerics: each process's mean and variance merge by Chan's formula in float64, in the order of ranks.
-    Traffic: ``2 C + 1`` numbers forward (``3 C'`` and ``2 C`` behind an expanding 1×1 convolution of C' channels), ``2 C``
-    backward, each of 8 bytes.
+    Traffic: ``2 C + 1`` numbers of 8 bytes forward, ``2 C`` backward; behind an expanding 1×1 convolution the means of its input
+    channels besides.
 
     Args:
         num_features, eps, momentum, affine, track_running_stats: as in ``nn.BatchNorm2d``.

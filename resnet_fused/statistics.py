@@ -93,7 +93,7 @@ def off_centre_gradient(
 ) -> Tensor:
     """What ``weight_gradient`` lacks where T and Cov are of a part of the rows, about the mean of all of them.
 
-    With M rows here, ``δ = ā − mean``: ``M·c·δᵀ + (a·Σdz + M·(b∘Wδ + c))·meanᵀ``; over all parts the second term sums to zero.
+    With M rows here, ``δ = ā − mean``: ``M·c·δᵀ + (a·Σdz + M·(b∘Wδ + c))·meanᵀ``; over all parts both sum to zero.
 
     Args:
         a, b, c (Tensor[K]): of all rows. sum_dz (Tensor[K]), count: of these.
@@ -157,39 +157,13 @@ def recentre_moments(packed: Tensor, mean: Tensor) -> Tensor:
 # 1979, section 2, and its matrix form.
 
 
-def merge_moments(
-    count_a: int, mean_a: Tensor, var_a: Tensor, count_b: int, mean_b: Tensor, var_b: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of two sets together.
+def merge_moments(count: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows, mean and biased variance of several sets together.
 
-    With ``δ = mean_b − mean_a``, ``n = n_a + n_b``: ``mean = mean_a + δ·n_b/n``,
-    ``var = (n_a·var_a + n_b·var_b)/n + δ²·n_a·n_b/n²``.
+    ``M = Σ n_s``, ``mean = Σ n_s·mean_s / M``, ``var = Σ n_s·(var_s + (mean_s − mean)²) / M``.
 
     Args:
-        mean_a, var_a, mean_b, var_b (Tensor[C]); counts >= 0, not both 0.
-    """
-    share_a, share_b = count_a / (count_a + count_b), count_b / (count_a + count_b)
-    delta = mean_b - mean_a
-    return mean_a + delta * share_b, share_a * var_a + share_b * var_b + delta * delta * (share_a * share_b)
-
-
-def merge_covariances(
-    count_a: int, mean_a: Tensor, cov_a: Tensor, count_b: int, mean_b: Tensor, cov_b: Tensor
-) -> tuple[Tensor, Tensor]:
-    """``merge_moments`` for covariance matrices ``[C, C]``: ``δδᵀ`` takes the place of ``δ²``."""
-    share_a, share_b = count_a / (count_a + count_b), count_b / (count_a + count_b)
-    delta = mean_b - mean_a
-    between = torch.outer(delta, delta) * (share_a * share_b)
-    return mean_a + delta * share_b, share_a * cov_a + share_b * cov_b + between
-
-
-def merge_ranks(count: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``merge_moments`` of many sets at once: rows together, mean and biased variance.
-
-    ``mean = Σ n_s·mean_s / M``, ``var = Σ n_s·(var_s + (mean_s − mean)²) / M``, ``M = Σ n_s``.
-
-    Args:
-        count (Tensor[S, 1]): rows of each set; what a set of none has for a mean does not count, if it is finite.
+        count (Tensor[S, 1]): rows n_s of each set; what a set of none has for a mean does not count, if it is finite.
         mean, var (Tensor[S, C]).
     Returns:
         M (Tensor[1]), mean, var (Tensor[C]).
@@ -198,6 +172,20 @@ def merge_ranks(count: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tenso
     share = count / rows
     merged = (share * mean).sum(0)
     return rows, merged, (share * (var + (mean - merged).square())).sum(0)
+
+
+def merge_covariances(
+    count_a: int, mean_a: Tensor, cov_a: Tensor, count_b: int, mean_b: Tensor, cov_b: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Mean ``[C]`` and covariance ``[C, C]`` of two sets together; counts >= 0, not both 0.
+
+    With ``δ = mean_b − mean_a``, ``n = n_a + n_b``: ``mean = mean_a + δ·n_b/n``,
+    ``cov = (n_a·cov_a + n_b·cov_b)/n + δδᵀ·n_a·n_b/n²``.
+    """
+    share_a, share_b = count_a / (count_a + count_b), count_b / (count_a + count_b)
+    delta = mean_b - mean_a
+    between = torch.outer(delta, delta) * (share_a * share_b)
+    return mean_a + delta * share_b, share_a * cov_a + share_b * cov_b + between
 
 
 @torch.no_grad()

@@ -141,6 +141,18 @@ def test_names_exist(page: Path) -> None:
             assert word in defined, f"{word}: no such test"
 
 
+def test_the_tables_of_what_was_tried_name_tests_that_exist() -> None:
+    table = (ROOT / "docs" / "ecosystem.md").read_text(encoding="utf-8").split("## Conventions")[1]
+    named = 0
+    for row in table.splitlines():
+        text = ""
+        for file, name in re.findall(r"`(?:(test_\w+\.py)::)?(test_\w+)`", row):  # a file stands until the next one
+            text = (ROOT / "tests" / file).read_text(encoding="utf-8") if file else text
+            assert f"def {name}(" in text, f"{name}: {row}"
+            named += 1
+    assert named > 80
+
+
 def test_kernels_of_the_walk_through_exist() -> None:
     called = re.findall(r"\bk\.(\w+)", (ROOT / "docs" / "plans.md").read_text(encoding="utf-8"))
     assert called and not [name for name in called if not hasattr(Kernels, name)]

@@ -5,10 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-import re
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -394,16 +392,3 @@ def test_distributed_data_parallel() -> None:
         assert_same(step(nn.parallel.DistributedDataParallel(ours), images(), ours), step(stock, images()))
     finally:
         torch.distributed.destroy_process_group()
-
-
-def test_the_table_in_the_documents_names_tests_that_exist() -> None:
-    tests = Path(__file__).parent
-    table = (tests.parent / "docs" / "ecosystem.md").read_text().split("## Conventions")[1]
-    named = 0
-    for row in table.splitlines():
-        text = ""
-        for file, name in re.findall(r"`(?:(test_\w+\.py)::)?(test_\w+)`", row):  # a file stands until the next one
-            text = (tests / file).read_text() if file else text
-            assert f"def {name}(" in text, f"{name}: {row}"
-            named += 1
-    assert named > 80

@@ -144,3 +144,11 @@ def test_training_traces(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_same_step(traced, stock, images())
     evaluated = torch.fx.symbolic_trace(ours.eval())
     torch.testing.assert_close(evaluated(images()), stock.eval()(images()))
+
+
+@pytest.mark.parametrize("converter", [resnet_fused.convert_sync_batchnorm, nn.SyncBatchNorm.convert_sync_batchnorm])
+def test_synchronised_norms_are_folded_for_inference(converter) -> None:
+    ours, stock = (model.eval() for model in networks())
+    fast = resnet_fused.optimize_for_inference(converter(ours))
+    assert not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in fast.modules())
+    torch.testing.assert_close(fast(images()), stock(images()))

@@ -126,19 +126,20 @@ def test_ill_conditioned_channels() -> None:
 @pytest.mark.parametrize("cuts", [[1, 59], [30, 30], [0, 60], [60, 0], [7, 13, 1, 39]])
 def test_merges(cuts: list[int]) -> None:
     a = noise(M, C) * 3 + 100
-    count, mean, var, cov = 0, torch.zeros(C).double(), torch.zeros(C).double(), torch.zeros(C, C).double()
-    for part in a.split(cuts):
-        part_mean, part_cov = moments(part) if len(part) else (torch.zeros(C).double(), torch.zeros(C, C).double())
-        _, var = (
-            statistics.merge_moments(count, mean, var, len(part), part_mean, part_cov.diagonal())
-            if count + len(part)
-            else (mean, var)
-        )
+    parts = a.split(cuts)
+    found = [moments(part) if len(part) else (torch.zeros(C).double(), torch.zeros(C, C).double()) for part in parts]
+    count, mean, cov = 0, *found[0]
+    for part, (part_mean, part_cov) in zip(parts, found, strict=True):
         if count + len(part):
             mean, cov = statistics.merge_covariances(count, mean, cov, len(part), part_mean, part_cov)
         count += len(part)
+    counts = torch.tensor([[len(part)] for part in parts]).double()
+    means, variances = (torch.stack(t) for t in zip(*((m, c.diagonal()) for m, c in found), strict=True))
+    rows, mean_at_once, var = statistics.merge_moments(counts, means, variances)
+    assert rows == M
     exact_mean, exact_cov = moments(a)
     close(mean, exact_mean)
+    close(mean_at_once, exact_mean)
     close(cov, exact_cov)
     close(var, exact_cov.diagonal())
 

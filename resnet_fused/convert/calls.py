@@ -8,8 +8,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import dispatch, layers
-from ..plans.spec import Tail
-from .sequential import is_norm_act
 
 _STEM_POOL = nn.MaxPool2d(3, 2, 1)
 
@@ -53,20 +51,3 @@ def run_add_act_in_place(a: Tensor, b: Tensor, act: layers.Activation) -> Tensor
         a += b
         return a if act is None else act(a)
     return layers.run_add_act(a, b, act)
-
-
-def run_norm_act(x: Tensor, conv: nn.Module | None, bn: nn.Module) -> Tensor:
-    """``bn(conv(x))`` for timm's BatchNormAct2d, a batch norm that applies its activation itself."""
-    if (
-        is_norm_act(bn)
-        and dispatch.is_plain(bn, type(bn))
-        and dispatch.has_values(bn)
-        and dispatch.is_plain(bn.drop, nn.Identity)
-    ):
-        act: dispatch.Activation = bn.act if isinstance(bn.act, nn.ReLU) else None
-        silent = act is not None or dispatch.is_plain(bn.act, nn.Identity)
-        if silent and layers._is_fusable(x, [] if conv is None else [conv], [], [act]):
-            out = layers._run_chain(x, [(conv, bn, None)], None, None, Tail.NONE if act is None else Tail.RELU)
-            if out is not None:
-                return out
-    return bn(x if conv is None else conv(x))

@@ -17,7 +17,7 @@ from torch.fx import Node
 from .. import dispatch, layers
 from . import calls
 from .dataflow import DataFlow
-from .sequential import is_norm_act, is_plain_conv, is_plain_norm
+from .sequential import is_plain_conv, is_plain_norm
 
 
 @dataclass(eq=False)
@@ -135,7 +135,7 @@ class Matcher(DataFlow):
 
             def build(graph: fx.Graph) -> Node:
                 x = self._now((conv or bn).args[0])  # type: ignore[arg-type]
-                return graph.call_function(calls.run_norm_act, (x, self._fetch(graph, conv), self._fetch(graph, bn)))
+                return graph.call_function(layers.run_norm_act, (x, self._fetch(graph, conv), self._fetch(graph, bn)))
 
             pattern = " → ".join(str(node.target) for node in (conv, bn) if node)
             kind = "conv-bn" if conv else "bn-relu"
@@ -183,7 +183,7 @@ class Matcher(DataFlow):
         """All groups, largest first per value; reasons for batch norms left over go to ``result.left``."""
         units = []
         for node, module in self.module.items():
-            if is_norm_act(module):
+            if dispatch.is_norm_act(module):
                 self._norm_act(node)
             elif dispatch.is_batch_norm(module):
                 unit = self._unit(node)

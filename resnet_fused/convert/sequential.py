@@ -21,15 +21,6 @@ def is_plain_norm(module: Any) -> bool:
     return dispatch.is_batch_norm(module) and dispatch.has_values(module)
 
 
-def is_norm_act(module: Any) -> bool:
-    """Exactly timm's BatchNormAct2d with parameters and running statistics, without dropout, and with ReLU or no activation."""
-    cls = type(module)
-    if (cls.__module__, cls.__qualname__) != ("timm.layers.norm_act", "BatchNormAct2d"):
-        return False
-    known = type(module.drop) is nn.Identity and type(module.act) in (nn.ReLU, nn.Identity)
-    return known and module.affine and module.track_running_stats
-
-
 def is_stem_pool(module: Any) -> bool:
     """Exactly nn.MaxPool2d(3, stride=2, padding=1)."""
     if type(module) is not nn.MaxPool2d or module.ceil_mode or module.return_indices:

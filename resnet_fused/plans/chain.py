@@ -188,7 +188,7 @@ class _Forward:
         for m in units:
             assert m.statistics is not None
             dtype = m.statistics[0].dtype
-            count, mean, var = statistics.merge_ranks(rank_counts, next(remaining), next(remaining))
+            count, mean, var = statistics.merge_moments(rank_counts, next(remaining), next(remaining))
             m.statistics = mean.to(dtype), var.to(dtype)
             if m.moments is not None:
                 mean_a = (rank_counts * next(remaining)).sum(0) / count

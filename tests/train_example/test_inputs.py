@@ -5,13 +5,11 @@ from __future__ import annotations
 import gzip
 import math
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
-import train_runs
 from train_runs import (
     PICTURES,
     RUN,
@@ -23,26 +21,6 @@ from train_runs import (
 
 pytest.importorskip("rich", reason="train.py shows its progress with rich")
 Image = pytest.importorskip("PIL.Image", reason="folders of pictures are read with pillow")
-
-
-@pytest.fixture(scope="module")
-def train() -> Iterator[ModuleType]:
-    yield from train_runs.imported()
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train_runs.idx_files(tmp_path_factory.mktemp("idx"))
-
-
-@pytest.fixture(autouse=True)
-def _settings_back() -> Iterator[None]:
-    yield from train_runs.settings_back()
-
-
-@pytest.fixture
-def small_network(train: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "network", train_runs.tiny)
 
 
 @pytest.fixture

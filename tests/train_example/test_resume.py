@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-import train_runs
 from torch import nn
 from torch.nn import functional as F
 from train_runs import (
@@ -31,34 +30,6 @@ from train_runs import (
 )
 
 pytest.importorskip("rich", reason="train.py shows its progress with rich")
-
-
-@pytest.fixture(scope="module")
-def train() -> Iterator[ModuleType]:
-    yield from train_runs.imported()
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train_runs.idx_files(tmp_path_factory.mktemp("idx"))
-
-
-@pytest.fixture(autouse=True)
-def _settings_back() -> Iterator[None]:
-    yield from train_runs.settings_back()
-
-
-@pytest.fixture
-def small_network(train: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "network", train_runs.tiny)
-
-
-@pytest.fixture
-def output(tmp_path: Path) -> Iterator[Path]:
-    """The folder of a run; its checkpoints, over a hundred megabytes, do not stay."""
-    yield tmp_path / "run"
-    for path in tmp_path.rglob("checkpoint.*"):
-        path.unlink()
 
 
 @pytest.fixture(scope="module")

@@ -3,42 +3,21 @@
 from __future__ import annotations
 
 import csv
-import importlib
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 OWN = ("train", "train_options", "image_data", "run_folder", "fashion_mnist")
 PICTURES, TEST_PICTURES = 28, 13
 RUN = ("--batch", "8", "--epochs", "2", "--lr", "0.02", "--log-every", "1", "--workers", "0", "--deterministic")
 STEPS = 4  # of an epoch: the last batch is filled with pictures from the start of the order
-
-
-def imported() -> Iterator[ModuleType]:
-    """The script as a module, for a fixture."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(EXAMPLES))
-        yield importlib.import_module("train")
-        for name in OWN:
-            sys.modules.pop(name, None)
-
-
-def settings_back() -> Iterator[None]:
-    """For a fixture: what a run sets for its whole process."""
-    benchmark = torch.backends.cudnn.benchmark
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.backends.cudnn.benchmark = benchmark
 
 
 def write_idx(path: Path, values: Tensor) -> None:

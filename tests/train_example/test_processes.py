@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import signal
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
-import train_runs
 from train_runs import (
     EXAMPLES,
     RUN,
@@ -46,29 +44,6 @@ def network(options, data, device):
 train.network = network
 sys.exit(train.main(sys.argv[1:]))
 """
-
-
-@pytest.fixture(scope="module")
-def train() -> Iterator[ModuleType]:
-    yield from train_runs.imported()
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train_runs.idx_files(tmp_path_factory.mktemp("idx"))
-
-
-@pytest.fixture(autouse=True)
-def _settings_back() -> Iterator[None]:
-    yield from train_runs.settings_back()
-
-
-@pytest.fixture
-def output(tmp_path: Path) -> Iterator[Path]:
-    """The folder of a run; its checkpoints, over a hundred megabytes, do not stay."""
-    yield tmp_path / "run"
-    for path in tmp_path.rglob("checkpoint.*"):
-        path.unlink()
 
 
 def together(script: Path, processes: int, *arguments: str | Path) -> subprocess.Popen[str]:
